@@ -1,0 +1,71 @@
+"""Embedded text: English prose that every CPython carries, so that a first run needs no download.
+
+    embedded       docstrings of a fixed list of standard-library modules: calibration
+    embedded-eval  the language reference that `help()` shows (pydoc_data.topics): evaluation
+
+The two share no passage. Sources are parsed, never imported; a module that a Python lacks is skipped, so
+the text differs a little from one Python version to the next (run.json records the hash of its tokens).
+This file knows nothing of tokens or models.
+"""
+
+import ast
+import sysconfig
+from pathlib import Path
+
+from planish.errors import PlanishError
+
+# shorter docstrings are labels ("Return the name."), not prose
+MIN_CHARACTERS = 80
+
+MODULES = tuple("""
+    _pydatetime _pydecimal _pyio argparse ast asyncio base64 bdb bz2 calendar cmd code codecs collections
+    concurrent configparser contextlib copy csv dataclasses datetime difflib dis doctest email enum fileinput
+    fractions ftplib functools getopt gettext graphlib gzip heapq hmac html http imaplib importlib inspect
+    ipaddress json locale logging lzma mailbox mimetypes multiprocessing numbers optparse os pathlib
+    pickle pickletools pkgutil platform plistlib poplib profile pstats pyclbr pydoc queue random re
+    sched secrets selectors shelve shutil smtplib socket socketserver ssl statistics string subprocess
+    tarfile tempfile textwrap threading timeit tokenize trace traceback types typing unittest urllib uuid wave
+    weakref webbrowser wsgiref xml xmlrpc zipfile
+""".split())
+
+
+def calibration() -> list[str]:
+    """Docstrings of MODULES, one document a module, in a fixed order.
+
+    Raises:
+        PlanishError: if this Python carries no sources (a stripped installation).
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documents = ["\n\n".join(text) for name in MODULES if (text := _docstrings(library, name))]
+    if not documents:
+        raise PlanishError(f"this Python has no standard-library sources in {library}; give a text with --data FILE")
+    return documents
+
+
+def evaluation() -> list[str]:
+    """Topics of the language reference, sorted by name.
+
+    Raises:
+        PlanishError: if this Python was installed without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise PlanishError("this Python has no pydoc_data.topics; give a text file instead") from error
+    return [topics[name].strip() for name in sorted(topics)]
+
+
+def _docstrings(library: Path, name: str) -> list[str]:
+    package = library / name
+    files = sorted(package.rglob("*.py")) if package.is_dir() else [library / f"{name}.py"]
+    found = []
+    for file in files:
+        if file.is_file():
+            found += _docstrings_of(ast.parse(file.read_bytes()))
+    return found
+
+
+def _docstrings_of(tree: ast.Module) -> list[str]:
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, owners)]
+    return [text for text in texts if len(text) >= MIN_CHARACTERS]

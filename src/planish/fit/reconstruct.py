@@ -1,0 +1,163 @@
+"""Reconstruct: fit a span of blocks so that, quantized, it computes what its float self computes.
+
+    minimise over the slots' parameters   loss(block(x; W_hat), target)
+
+x is what the quantized prefix of the model gives (`quant` stream), the target what the float block makes
+of the float stream (or of the quantized one). A fixed set of samples is held out: the state kept is the
+best on them, step 0 counted, so that a fit is never worse than where it started. A loss that isn't finite
+rolls back to that state and halves the rate.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from planish.fit.loss import squared, trimmed
+from planish.fit.optim import OPTIMIZERS
+from planish.fit.step import Step
+from planish.quant import Quantizer
+
+TARGETS = ("float", "quantized")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """How a block is fitted.
+
+    Args:
+        steps: optimizer steps a span.
+        batch_size: samples a step.
+        rates: slot -> learning rate at step 0; it falls linearly to 0. Slots that aren't named stay.
+        optimizer: name in `fit.optim.OPTIMIZERS`.
+        target: "float" prefix (the field's default) or "quantized": the float block on the quantized stream.
+        trim: share of elements with the largest errors left out of the loss.
+        holdout: samples held out, at most a quarter of all.
+        checks: how often the held-out loss is measured after step 0.
+        span: consecutive blocks fitted together, the loss taken behind the last.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    rates: Mapping[str, float] = field(default_factory=dict)
+    optimizer: str = "signsgd"
+    target: str = "float"
+    trim: float = 0.0
+    holdout: int = 8
+    checks: int = 8
+    span: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Held-out loss at step 0 and of the state kept, and what went wrong on the way, if anything did."""
+
+    before: float
+    after: float
+    notes: tuple[str, ...] = ()
+
+
+class Samples:
+    """Which samples are held out, and in which order the others come: fixed by the seed alone."""
+
+    def __init__(self, count: int, holdout: int, batch_size: int, seed: int) -> None:
+        held = max(1, min(holdout, count // 4)) if count > 1 else 0
+        self.held_out = torch.arange(held) if held else torch.arange(count)
+        self.rest = torch.arange(held, count)
+        self.batch_size = min(batch_size, len(self.rest))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue = self.rest[:0]
+
+    def next(self) -> Tensor:
+        """Indices of the next batch; every sample comes once before any comes again."""
+        if len(self._queue) < self.batch_size:
+            self._queue = self.rest[torch.randperm(len(self.rest), generator=self._generator)]
+        batch, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
+        return batch
+
+
+class Best:
+    """The parameters at the lowest held-out loss so far."""
+
+    def __init__(self, parameters: list[nn.Parameter], loss: float) -> None:
+        self.parameters, self.loss = parameters, loss
+        self.state = [p.detach().clone() for p in parameters]
+
+    def offer(self, loss: float) -> None:
+        if loss < self.loss:
+            self.loss = loss
+            torch._foreach_copy_(self.state, [p.detach() for p in self.parameters])
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.state)
+
+
+def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float]) -> list[tuple[list[nn.Parameter], float]]:
+    """(parameters, rate) of each slot that has both; every other parameter is frozen."""
+    groups = []
+    for quantizer in quantizers.values():
+        quantizer.requires_grad_(False)
+    for slot, rate in rates.items():
+        parameters = [p for quantizer in quantizers.values() for p in quantizer.slot_parameters(slot)]
+        if parameters and rate:
+            groups.append(([p.requires_grad_(True) for p in parameters], rate))
+    return groups
+
+
+def reconstruct(run: Callable[[Tensor], Tensor], quantizers: Mapping[str, Quantizer], inputs: Tensor, targets: Tensor,
+                fit: Reconstruct, *, device: torch.device, micro_batch: int, seed: int) -> Outcome:
+    """Fit the quantizers of one span in place.
+
+    Args:
+        run: the span with its quantizers on hidden states [batch, tokens, hidden].
+        quantizers: by linear.
+        inputs, targets: [samples, tokens, hidden], wherever the streams live.
+        device: where to compute. micro_batch: samples in one backward pass.
+        seed: of the order of samples.
+    """
+    groups = slot_groups(quantizers, fit.rates)
+    measure = functools.partial(trimmed, share=fit.trim) if fit.trim else squared
+
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
+        return measure(run(hidden), target)
+
+    samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
+    held = functools.partial(_held_out_loss, loss, inputs, targets, samples.held_out, device, micro_batch)
+    before = held()
+    best, notes = Best([p for params, _ in groups for p in params], before), []
+    if not groups:
+        return Outcome(before=before, after=before)
+    first = samples.next()
+    step = Step(loss, groups, OPTIMIZERS[fit.optimizer], _take(inputs, first, device), _take(targets, first, device), micro_batch)
+    every, damping = max(1, fit.steps // fit.checks), 1.0
+    for i in range(fit.steps):
+        batch = first if i == 0 else samples.next()
+        step.inputs.copy_(_take(inputs, batch, device))
+        step.targets.copy_(_take(targets, batch, device))
+        step(damping * (1 - i / fit.steps))
+        if (i + 1) % every == 0 or i + 1 == fit.steps:
+            after = held()
+            if torch.isfinite(torch.tensor([after, step.read_total()])).all():
+                best.offer(after)
+            else:
+                best.restore()
+                damping /= 2
+                notes.append(f"loss not finite at step {i + 1}: rolled back, rate halved")
+    best.restore()
+    return Outcome(before=before, after=best.loss, notes=tuple(notes))
+
+
+def _take(stream: Tensor, indices: Tensor, device: torch.device) -> Tensor:
+    return stream[indices.to(stream.device)].to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def _held_out_loss(loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor, held_out: Tensor,
+                   device: torch.device, micro_batch: int) -> float:
+    total = torch.zeros((), device=device)
+    for part in held_out.split(micro_batch):
+        total += loss(_take(inputs, part, device), _take(targets, part, device)) * len(part)
+    return total.item() / len(held_out)

@@ -1,0 +1,175 @@
+"""The one loop of every method: over the model's blocks, one span at a time.
+
+For each block: read it; let the float stream through (that is the target); put quantizers where its
+linears were; fit them; hand the codes to the sink; let the quantized stream through; free the block.
+Nothing reaches back, so that a block's memory is all that is needed besides the streams.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from planish.fit.reconstruct import Outcome, Reconstruct, reconstruct
+from planish.log import Clock, Event, Progress, peak_bytes
+from planish.qtensor import QTensor
+from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
+from planish.scheme import Scheme
+from planish.stream import BlockStream
+
+Sink = Callable[[str, QTensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pass over the model: what fills the three slots, and how they are fitted.
+
+    Args:
+        name: shown in progress.
+        weight, range, rounding: what builds each slot, see `planish.quant`.
+        fit: how a span is fitted, or None if the start is the result.
+        importance: whether the range slot asks for the mean square of each input.
+    """
+
+    name: str
+    weight: Callable[..., nn.Module] = Fixed
+    range: Callable[..., nn.Module] = MinMax
+    rounding: Callable[..., nn.Module] = Nearest
+    fit: Reconstruct | None = None
+    importance: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        return self.fit is not None or self.importance
+
+
+class Blocks(Protocol):
+    """The decoder blocks of a model, loaded one at a time; see `api`."""
+
+    names: list[str]
+
+    def load(self, index: int) -> nn.Module: ...
+
+    def unload(self, index: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every span of a run shares: the stage, where blocks and samples come from, where codes go."""
+
+    stage: Stage
+    blocks: Blocks
+    schemes: Mapping[str, Scheme]
+    stream: BlockStream | None
+    sink: Sink
+    device: torch.device
+    micro_batch: int
+    seed: int
+
+
+def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
+    """Quantize every block and give each linear's codes to the sink, in the order of the model.
+
+    Raises:
+        PlanishError: what the blocks' source raises, such as weights that aren't finite.
+    """
+    clock, outcomes, names = Clock(), [], job.blocks.names
+    length = job.stage.fit.span if job.stage.fit else 1
+    for start in range(0, len(names), length):
+        indices = range(start, min(start + length, len(names)))
+        outcome = _one_span(job, indices)
+        if outcome:
+            outcomes.append(outcome)
+        if progress:
+            progress(Event(
+                stage=job.stage.name, index=indices.stop, total=len(names), name=names[start], seconds=clock.seconds,
+                eta=clock.eta(indices.stop, len(names)), peak_bytes=peak_bytes(job.device),
+                before=outcome.before if outcome else None, after=outcome.after if outcome else None,
+                note="; ".join(outcome.notes) if outcome else ""))
+    return outcomes
+
+
+def _one_span(job: Job, indices: range) -> Outcome | None:
+    span = {index: job.blocks.load(index) for index in indices}
+    linears: dict[str, nn.Linear] = {}
+    for index, block in span.items():
+        named = ((f"{job.blocks.names[index]}.{path}", module) for path, module in block.named_modules())
+        linears.update((name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes)
+    importance, target = _float_pass(job, span, linears)
+    quantizers = {}
+    for name, linear in linears.items():
+        quantizers[name] = Quantizer(
+            linear.weight.detach(), job.schemes[name], weight_slot=job.stage.weight, range_slot=job.stage.range,
+            rounding_slot=job.stage.rounding, importance=importance.pop(name, None))
+        _replace(job, span, name, QLinear(linear, quantizers[name]))
+    outcome = None
+    if job.stage.fit is not None and job.stream is not None and target is not None:
+        outcome = reconstruct(functools.partial(_run, job.stream, span), quantizers, job.stream.quant, target,
+                              job.stage.fit, device=job.device, micro_batch=job.micro_batch, seed=job.seed + indices.start)
+    for name, quantizer in quantizers.items():
+        quantized = quantizer.quantize(linears[name].weight)
+        linears[name].weight.data = quantized.dequantize(linears[name].weight.dtype)
+        _replace(job, span, name, linears[name])
+        job.sink(name, quantized)
+    for index, block in span.items():
+        if job.stream is not None:
+            job.stream.advance(job.stream.quant, block, index)
+        job.blocks.unload(index)
+    return outcome
+
+
+def _run(stream: BlockStream, span: Mapping[int, nn.Module], hidden: Tensor) -> Tensor:
+    for index, block in span.items():
+        hidden = stream.run(block, index, hidden)
+    return hidden
+
+
+def _float_pass(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]
+                ) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Let the float stream through the span: what its linears saw, and the target of the fit."""
+    stream, fit = job.stream, job.stage.fit
+    if stream is None:
+        return {}, None
+    target = stream.quant.clone() if fit is not None and fit.target == "quantized" else None
+
+    def forward() -> None:
+        for index, block in span.items():
+            stream.advance(stream.fp, block, index)
+
+    importance = input_squares(linears, forward)
+    if target is not None:
+        for index, block in span.items():
+            stream.advance(target, block, index)
+    return importance, stream.fp if target is None else target
+
+
+def _replace(job: Job, span: Mapping[int, nn.Module], name: str, module: nn.Module) -> None:
+    for index, block in span.items():
+        prefix = job.blocks.names[index] + "."
+        if name.startswith(prefix):
+            parent, _, leaf = name.removeprefix(prefix).rpartition(".")
+            setattr(block.get_submodule(parent), leaf, module)
+
+
+def input_squares(linears: Mapping[str, nn.Linear], forward: Callable[[], None]) -> dict[str, Tensor]:
+    """Mean square of every input of each linear, fp32 [in], over all tokens of a forward pass."""
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(full: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].detach().flatten(0, -2).float()
+            totals[full] = totals.get(full, 0) + rows.square().sum(0)
+            counts[full] = counts.get(full, 0) + len(rows)
+        return record
+
+    handles = [linear.register_forward_pre_hook(hook(full)) for full, linear in linears.items()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {full: totals[full] / counts[full] for full in totals}

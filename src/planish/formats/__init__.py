@@ -1,0 +1,57 @@
+"""Formats: pairs of pure functions between QTensors and named tensors on disk. The list is FORMATS.
+
+native       holds everything: any group, offsets, mixed bits; what unfinished runs are kept in
+auto_round   auto-round in transformers; vLLM if symmetric
+gptq         GPTQ v1 (zero points stored as z - 1): GPTQModel, vLLM, SGLang; symmetric only
+gptq_v2      GPTQ v2 (zero points as they are): GPTQModel
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from planish.errors import PlanishError, UnsupportedScheme
+from planish.formats.auto_round import auto_round
+from planish.formats.format import Format
+from planish.formats.gptq import dialect, gptq, gptq_v2
+from planish.formats.native import native
+from planish.scheme import Scheme
+
+FORMATS = {"native": native, "auto_round": auto_round, "gptq": gptq, "gptq_v2": gptq_v2}
+
+
+def detect(quantization_config: Mapping[str, Any]) -> Format:
+    """The format of a checkpoint.
+
+    Args:
+        quantization_config: of its config.json.
+
+    Raises:
+        PlanishError: if it is none of FORMATS.
+    """
+    for known in FORMATS.values():
+        if known.detect(quantization_config):
+            return known
+    method = quantization_config.get("quant_method")
+    found = f"{method!r} in the dialect {dialect(quantization_config)!r}" if method == "gptq" else repr(method)
+    raise PlanishError(f"the model is quantized by {found}, which Planish can't read; it reads {', '.join(FORMATS)}")
+
+
+def choose(schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> Format:
+    """The format for `--format auto`: auto_round if it can hold every layer, else native."""
+    try:
+        verify(auto_round, schemes, shapes)
+    except UnsupportedScheme:
+        return native
+    return auto_round
+
+
+def verify(chosen: Format, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse before any work what a format can't hold: each layer by itself, then all beside each other.
+
+    Raises:
+        UnsupportedScheme: naming the layer, the reason and the mend.
+    """
+    for layer, scheme in schemes.items():
+        if scheme is not None:
+            chosen.check(layer, scheme, shapes[layer])
+    chosen.config(schemes)

@@ -1,0 +1,202 @@
+"""GPTQ's format: what GPTQModel, vLLM, SGLang and, with optimum, transformers load.
+
+Tensors of a layer X with weight [out, in], groups of g and G = in / g (bit streams as in `pack`):
+
+    X.qweight  int32 [in * bits / 32, out]   codes, packed along `in`
+    X.qzeros   int32 [G, out * bits / 32]    zero points, packed along `out`
+    X.scales   fp16  [G, out]
+    X.g_idx    int32 [in]                    i // g
+
+Two dialects: `gptq` (v1) stores z - 1 and its readers add 1, so that z = 0 doesn't exist in it; `gptq_v2`
+stores z. A symmetric z is 2^(bits-1) and always fits. Any z in [0, 2^bits - 1] may occur in an
+asymmetric layer and only its scheme is known before the work, so v1 holds symmetric layers only. One
+scheme for all layers: transformers ignores GPTQModel's per-layer overrides and would read garbage.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.errors import PlanishError, UnsupportedScheme
+from planish.formats.format import Format
+from planish.formats.layers import block_of, most_common, take, within_block
+from planish.formats.pack import WORD, pack, unpack
+from planish.qtensor import QTensor, midpoint
+from planish.scheme import Scheme
+
+
+def check_layout(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    """Raise UnsupportedScheme if the tensors above can't hold this layer in format `name`."""
+    out_features, in_features = shape
+    if out_features % WORD or in_features % WORD:
+        raise UnsupportedScheme(
+            f"{layer}: {name} needs outputs and inputs in multiples of {WORD}, not {out_features} x {in_features}; "
+            "use --format native"
+        )
+    group = scheme.group_in(in_features)
+    if in_features % group:
+        divides = next(size for size in (128, 64, 32) if in_features % size == 0)
+        raise UnsupportedScheme(
+            f"{layer}: {name} can't hold groups of {group} that don't divide its {in_features} inputs; "
+            f"use --format native, or a group that divides them, such as {divides}"
+        )
+
+
+def encode_layout(layer: str, q: QTensor, shift: int) -> dict[str, Tensor]:
+    """qweight, qzeros and scales of one layer; what is stored of a zero point z is z - shift."""
+    zero = torch.full_like(q.scale, midpoint(q.bits), dtype=torch.uint8) if q.zero is None else q.zero
+    return {
+        f"{layer}.qweight": pack(q.codes.T, q.bits, 0),
+        f"{layer}.qzeros": pack((zero - shift).T, q.bits, 1),
+        f"{layer}.scales": q.scale.T.contiguous(),
+    }
+
+
+def decode_layout(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int],
+                  shift: int) -> QTensor:
+    """The QTensor of one layer whose stored zero points are z - shift.
+
+    Raises:
+        PlanishError: if a tensor is missing or isn't what the scheme and shape promise.
+    """
+    out_features, in_features = shape
+    bits, group = scheme.bits, scheme.group_in(in_features)
+    groups = in_features // group
+    qweight = take(tensors, f"{layer}.qweight", (in_features * bits // WORD, out_features), torch.int32)
+    qzeros = take(tensors, f"{layer}.qzeros", (groups, out_features * bits // WORD), torch.int32)
+    scales = take(tensors, f"{layer}.scales", (groups, out_features), torch.float16)
+    zero = unpack(qzeros, bits, 1, out_features).T.to(torch.int16) + shift
+    if int(zero.max()) >= 2**bits or (scheme.symmetric and not bool((zero == midpoint(bits)).all())):
+        raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; is config.json another model's?")
+    return QTensor(
+        codes=unpack(qweight, bits, 0, in_features).T.contiguous(),
+        scale=scales.T.contiguous(),
+        zero=None if scheme.symmetric else zero.to(torch.uint8).contiguous(),
+        bits=bits,
+        group_size=group,
+    )
+
+
+def scheme_of(name: str, layer: str, q: QTensor) -> Scheme:
+    """The Scheme of a QTensor; refuses an offset, which only the native format holds."""
+    if q.offset is not None:
+        raise UnsupportedScheme(f"{layer}: {name} can't hold offsets in weight units; use --format native")
+    group = None if q.group_size == q.shape[1] else q.group_size
+    return Scheme(bits=q.bits, group_size=group, symmetric=q.symmetric)
+
+
+def check(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    """Raise UnsupportedScheme if dialect `name` can't hold the layer."""
+    check_layout(name, layer, scheme, shape)
+    if block_of(layer) is None:
+        raise UnsupportedScheme(
+            f"{layer}: {name} quantizes only the linears of numbered blocks; use --format auto_round, or --ignore it"
+        )
+    if name == "gptq" and not scheme.symmetric:
+        raise UnsupportedScheme(f"{layer}: gptq can't store the zero point 0 of {scheme}; use --format gptq_v2 or auto_round")
+
+
+def encode(name: str, shift: int, layer: str, q: QTensor) -> dict[str, Tensor]:
+    """Named tensors of one layer."""
+    check(name, layer, scheme_of(name, layer, q), q.shape)
+    g_idx = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device) // q.group_size
+    return encode_layout(layer, q, shift) | {f"{layer}.g_idx": g_idx}
+
+
+def decode(name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme,
+           shape: tuple[int, int]) -> QTensor:
+    """The QTensor of one layer; refuses columns in another order than their own (act-order)."""
+    check_layout(name, layer, scheme, shape)
+    g_idx = tensors.get(f"{layer}.g_idx")
+    if g_idx is not None:
+        plain = torch.arange(shape[1], device=g_idx.device) // scheme.group_in(shape[1])
+        if not torch.equal(g_idx.long(), plain):
+            raise PlanishError(f"{layer}.g_idx reorders columns (desc_act), which Planish can't read; take a model without")
+    return decode_layout(layer, tensors, scheme, shape, shift)
+
+
+def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
+    """`quantization_config`; a linear left in 16 bits must be so in every block."""
+    default = most_common(schemes)
+    for layer, scheme in schemes.items():
+        if scheme not in (None, default):
+            raise UnsupportedScheme(f"{layer}: {name} holds one scheme a model, {default}, not also {scheme}; use --format auto_round")
+    written: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": default.bits,
+        "group_size": -1 if default.group_size is None else default.group_size,
+        "sym": default.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "checkpoint_format": name,
+        "format": name,
+    }
+    kept = list(dict.fromkeys(within_block(layer) for layer, scheme in schemes.items() if scheme))
+    skipped = list(dict.fromkeys(within_block(n) for n, scheme in schemes.items() if block_of(n) and scheme is None))
+    if both := [part for part in skipped if part in kept]:
+        raise UnsupportedScheme(f"{both[0]}: {name} quantizes it in every block or in none; use --format auto_round")
+    if skipped:
+        # transformers and vLLM read the first, GPTQModel the second
+        written["modules_in_block_to_quantize"] = [kept]
+        written["dynamic"] = {rf"-:.*\.{re.escape(part)}$": {} for part in skipped}
+    return written
+
+
+def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Scheme]:
+    """Scheme of every quantized linear, with `modules_in_block_to_quantize`, `dynamic` and `lm_head` heeded."""
+    kept = [part for parts in config.get("modules_in_block_to_quantize") or [] for part in parts]
+    found = {}
+    for layer in shapes:
+        in_block = block_of(layer) is not None and (not kept or layer.endswith(tuple(kept)))
+        override = _override(config.get("dynamic") or {}, layer)
+        if override is not None and (in_block or (config.get("lm_head") and layer.endswith("lm_head"))):
+            found[layer] = scheme_from({**config, **override})
+    return found
+
+
+def _override(dynamic: Mapping[str, Mapping[str, Any]], layer: str) -> Mapping[str, Any] | None:
+    """What `dynamic` changes for a layer; None if it leaves the layer in 16 bits."""
+    for pattern, changes in dynamic.items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), layer):
+            return None if pattern.startswith("-:") else changes
+    return {}
+
+
+def scheme_from(entry: Mapping[str, Any]) -> Scheme:
+    """Scheme of GPTQ's and AutoRound's words: bits, group_size (-1 is the row), sym."""
+    missing = [key for key in ("bits", "group_size", "sym") if key not in entry]
+    if missing:
+        raise PlanishError(f"quantization_config has no {missing[0]!r}; add it, or convert the model anew")
+    group = int(entry["group_size"])
+    return Scheme(bits=int(entry["bits"]), group_size=None if group == -1 else group, symmetric=bool(entry["sym"]))
+
+
+def detect(name: str, config: Mapping[str, Any]) -> bool:
+    """Is this configuration of dialect `name`?"""
+    return config.get("quant_method") == "gptq" and dialect(config) == name
+
+
+def dialect(config: Mapping[str, Any]) -> str:
+    """'gptq', 'gptq_v2' or what else the configuration of a GPTQ model says."""
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq")
+
+
+def _format(name: str, shift: int) -> Format:
+    return Format(
+        name=name,
+        check=partial(check, name),
+        encode=partial(encode, name, shift),
+        decode=partial(decode, name, shift),
+        config=partial(config, name),
+        schemes=schemes,
+        detect=partial(detect, name),
+    )
+
+
+gptq = _format("gptq", 1)
+gptq_v2 = _format("gptq_v2", 0)

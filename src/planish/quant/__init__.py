@@ -1,0 +1,9 @@
+"""The equation of quantization with its three slots, in pure torch; knows nothing of models or methods."""
+
+from planish.quant.linear import QLinear
+from planish.quant.quantizer import Quantizer
+from planish.quant.range import Grid, MinMax, Searched, TunedMinMax
+from planish.quant.rounding import Nearest, Offset
+from planish.quant.weight import Fixed
+
+__all__ = ["Fixed", "Grid", "MinMax", "Nearest", "Offset", "QLinear", "Quantizer", "Searched", "TunedMinMax"]

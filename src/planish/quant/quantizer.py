@@ -1,0 +1,69 @@
+"""Quantizer: the equation with its three slots.
+
+    W_hat = decode(encode(weight(W), *range(W'), rounding()))
+
+`forward(W)` fake-quantizes for training, `quantize(W)` gives the codes; both go through the one codec, so
+that `quantize(W).dequantize(dtype)` equals `forward(W)` bit for bit. It knows neither linears nor models.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from planish.qtensor import QTensor, encode, fake_quantize, from_groups, to_groups
+from planish.quant.range import Grid, MinMax
+from planish.quant.rounding import Nearest
+from planish.quant.weight import Fixed
+from planish.scheme import Scheme
+
+SLOTS = ("weight", "range", "rounding")
+
+
+class Quantizer(nn.Module):
+    """Quantizes one weight matrix.
+
+    Args:
+        weight: [out, in]; read to build the slots, not kept.
+        scheme: bits, group size, symmetry.
+        weight_slot, range_slot, rounding_slot: what builds each slot; see `quant.weight`, `quant.range`,
+            `quant.rounding`.
+        importance: fp32 [in], mean square of each input over calibration data, or None.
+    """
+
+    def __init__(self, weight: Tensor, scheme: Scheme, *, weight_slot: Callable[..., nn.Module] = Fixed,
+                 range_slot: Callable[..., nn.Module] = MinMax, rounding_slot: Callable[..., nn.Module] = Nearest,
+                 importance: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme, self.in_features = scheme, weight.shape[1]
+        self.group_size = scheme.group_in(weight.shape[1])
+        self.weight = weight_slot(weight, scheme)
+        groups = to_groups(self.weight(weight), self.group_size).detach()
+        if importance is not None:
+            importance = to_groups(importance.float().unsqueeze(0), self.group_size)[0]
+        self.range = range_slot(groups, scheme, importance)
+        self.rounding = rounding_slot(groups, scheme)
+
+    def _parts(self, weight: Tensor) -> tuple[Tensor, Grid, Tensor | None]:
+        groups = to_groups(self.weight(weight), self.group_size)
+        return groups, self.range(groups), self.rounding()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W_hat [out, in] in the weight's dtype, with straight-through gradients to the slots."""
+        groups, grid, rounding = self._parts(weight)
+        values = fake_quantize(groups, rounding, grid.scale, grid.zero, self.scheme.bits, weight.dtype)
+        return from_groups(values, self.in_features)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> QTensor:
+        """The codes that `forward` multiplies by."""
+        groups, grid, rounding = self._parts(weight)
+        codes = encode(groups, grid.scale, grid.zero, self.scheme.bits, rounding)
+        zero = None if self.scheme.symmetric else grid.zero.squeeze(-1).to(torch.uint8)
+        return QTensor(codes=from_groups(codes, self.in_features).to(torch.uint8).contiguous(),
+                       scale=grid.scale.squeeze(-1).half(), zero=zero, bits=self.scheme.bits,
+                       group_size=self.group_size)
+
+    def slot_parameters(self, slot: str) -> list[nn.Parameter]:
+        """Trainable parameters of a slot, one of SLOTS."""
+        return list(self.get_submodule(slot).parameters())

@@ -1,0 +1,116 @@
+"""The range slot gives the grid of each group: a scale s (signed, as it will be stored) and a zero point z.
+
+`MinMax` spans each group's own ends, `Searched` the ends that lose least, `TunedMinMax` learns factors on
+either. A symmetric grid is full-range: levels run from -2^(b-1) to 2^(b-1) - 1, and the sign of the scale
+puts the extra level on the larger tail. A slot is a module built from (groups [out, G, g], scheme,
+importance) whose forward maps groups to a Grid.
+
+Legend: groups [out, G, g]; grids [out, G, 1], fp32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from planish.qtensor import midpoint, store
+from planish.quant.search import search_grid
+from planish.scheme import Scheme
+
+
+class Grid(NamedTuple):
+    """Scale (fp32, storable in fp16) and zero point (fp32 integers in [0, 2^bits - 1]), each [out, G, 1]."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+class RoundThrough(torch.autograd.Function):
+    """Round half to even; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return torch.round(values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return grad
+
+
+def ends(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group, zero always between them."""
+    return groups.amin(-1, keepdim=True).float().clamp(max=0), groups.amax(-1, keepdim=True).float().clamp(min=0)
+
+
+def signed_scale(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Full-range symmetric scale: the larger tail gets the extra level, so s > 0 if it is the lower one."""
+    larger = torch.maximum(-low, high)
+    return torch.where(-low > high, larger, -larger) / midpoint(bits)
+
+
+def symmetric_grid(scale: Tensor, bits: int) -> Grid:
+    stored = store(scale)
+    return Grid(stored, torch.full_like(stored, midpoint(bits)))
+
+
+def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
+    """Grid from low <= 0 to high >= 0, the zero point rounded to a level (gradient straight through)."""
+    levels = 2**bits - 1
+    scale = store((high - low) / levels)
+    return Grid(scale, RoundThrough.apply(-low / scale).clamp(0, levels))
+
+
+class MinMax(nn.Module):
+    """Each group from its lowest to its highest value."""
+
+    def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits, self.symmetric = scheme.bits, scheme.symmetric
+
+    def forward(self, groups: Tensor) -> Grid:
+        low, high = ends(groups)
+        if self.symmetric:
+            return symmetric_grid(signed_scale(low, high, self.bits), self.bits)
+        return asymmetric_grid(low, high, self.bits)
+
+
+class Searched(nn.Module):
+    """The grid of least squared error, each input weighed by its mean square over the calibration data."""
+
+    def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
+        super().__init__()
+        start = MinMax(groups, scheme)(groups)
+        scale, zero = search_grid(groups, scheme, importance, *start)
+        self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
+
+    def forward(self, groups: Tensor) -> Grid:
+        return Grid(self.scale, self.zero)
+
+
+class TunedMinMax(nn.Module):
+    """Learned factors on a start grid (SignRound, arXiv 2309.05516, and its successor, arXiv 2512.04746).
+
+    Symmetric: s = s0 * a. Asymmetric: low * a_low and high * a_high, and the grid between them. Factors
+    start at 1 and may grow up to 2; from the plain min/max they only shrink, as in the original.
+
+    Args:
+        search: start from `Searched` instead of min/max.
+    """
+
+    def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None, search: bool = True) -> None:
+        super().__init__()
+        self.bits, self.symmetric = scheme.bits, scheme.symmetric
+        self.limit = 2.0 if search else 1.0
+        scale, zero = (Searched if search else MinMax)(groups, scheme, importance)(groups)
+        self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
+        self.low_factor = nn.Parameter(torch.ones_like(scale))
+        if not self.symmetric:
+            self.high_factor = nn.Parameter(torch.ones_like(scale))
+
+    def forward(self, groups: Tensor) -> Grid:
+        low_factor = self.low_factor.clamp(0, self.limit)
+        if self.symmetric:
+            return symmetric_grid(self.scale * low_factor, self.bits)
+        low = -self.zero * self.scale * low_factor
+        high = (2**self.bits - 1 - self.zero) * self.scale * self.high_factor.clamp(0, self.limit)
+        return asymmetric_grid(low, high, self.bits)

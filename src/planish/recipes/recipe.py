@@ -1,0 +1,129 @@
+"""Recipe: a named tuple of stages, and how one is built from a name, a preset and keys.
+
+A recipe's function is its own documentation: keyword arguments are its keys, the docstring says what it
+is, a line "Equation:" gives the equation. Keys of a preset that aren't the function's own (samples,
+seqlen) are about data and go to the caller.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planish.errors import PlanishError, nearest
+from planish.fit.spans import Stage
+
+DATA_KEYS = ("samples", "seqlen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A method: stages run one after another, each over the whole model."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def needs_data(self) -> bool:
+        return any(stage.needs_data for stage in self.stages)
+
+
+def find(name: str) -> tuple[Callable[..., Recipe], Mapping[str, Mapping[str, Any]]]:
+    """The function and the presets of a recipe by name, or of 'path/to/file.py:function'."""
+    from planish.recipes import PRESETS, RECIPES
+
+    path, sep, attribute = name.rpartition(":")
+    if sep and path.endswith(".py"):
+        return _from_file(Path(path), attribute), {"default": {}}
+    if name not in RECIPES:
+        raise PlanishError(f"no recipe {name!r}: {nearest(name, RECIPES)}")
+    return RECIPES[name], PRESETS[name]
+
+
+def _from_file(path: Path, attribute: str) -> Callable[..., Recipe]:
+    if not path.is_file():
+        raise PlanishError(f"no such recipe file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, attribute, None)):
+        raise PlanishError(f"{path} has no function {attribute!r}")
+    return getattr(module, attribute)
+
+
+def split_preset(name: str, preset: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of a preset: (the recipe's own, those about data)."""
+    _, presets = find(name)
+    chosen = preset or "default"
+    if chosen not in presets:
+        raise PlanishError(f"recipe {name!r} has no preset {chosen!r}: {nearest(chosen, presets)}")
+    keys = dict(presets[chosen])
+    return {k: v for k, v in keys.items() if k not in DATA_KEYS}, {k: v for k, v in keys.items() if k in DATA_KEYS}
+
+
+def build(name: str, preset: str | None = None, keys: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name with its preset's keys, overridden by the ones given.
+
+    Values may be text, as typed on a command line; they are read as the key's type.
+
+    Raises:
+        PlanishError: unknown recipe, preset or key (with the nearest), or a value of the wrong type.
+    """
+    function, _ = find(name)
+    own, _ = split_preset(name, preset)
+    known = inspect.signature(function).parameters
+    for key, value in (keys or {}).items():
+        if key not in known:
+            raise PlanishError(f"recipe {name!r} has no key {key!r}: {nearest(key, known)}")
+        own[key] = _read(key, value, known[key].annotation)
+    recipe = function(**own)
+    if not isinstance(recipe, Recipe):
+        raise PlanishError(f"{name!r} returned {type(recipe).__name__}, not a planish.recipes.Recipe")
+    return recipe
+
+
+def _read(key: str, value: Any, annotation: Any) -> Any:
+    """A value typed as text, as the type that the function's signature gives the key."""
+    if not isinstance(value, str):
+        return value
+    kinds = str(annotation)
+    if "bool" in kinds:
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise PlanishError(f"{key}={value!r} isn't true or false")
+        return value.lower() in ("true", "1", "yes")
+    for kind in (int, float):
+        if kind.__name__ in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if "str" in kinds or annotation is inspect.Parameter.empty:
+        return value
+    raise PlanishError(f"{key}={value!r} isn't a number")
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a recipe is: summary, equation, keys with defaults and meaning, presets."""
+    function, presets = find(name)
+    text = inspect.getdoc(function) or ""
+    equation = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Equation:")), "")
+    _, _, arguments = text.partition("Args:\n")
+    parameters = inspect.signature(function).parameters
+    return {"name": name, "summary": text.splitlines()[0] if text else "", "equation": equation,
+            "keys": {k: p.default for k, p in parameters.items()}, "presets": {k: dict(v) for k, v in presets.items()},
+            "help": _argument_help(arguments, list(parameters))}
+
+
+def _argument_help(text: str, keys: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    current = None
+    for line in text.splitlines():
+        head, sep, rest = line.strip().partition(":")
+        if sep and head in keys:
+            current, found[head] = head, rest.strip()
+        elif current and line.strip():
+            found[current] += " " + line.strip()
+    return found

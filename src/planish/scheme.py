@@ -1,0 +1,139 @@
+"""Scheme: how one linear's weights are stored. SchemeMap: which linear gets which Scheme.
+
+A scheme is written as the field writes it:
+
+    w2g64      2 bits, one scale for 64 inputs, symmetric (full range, signed scale)
+    w2g64asym  the same with an integer zero point for every group
+    w4         4 bits with the customary groups of 128
+    w4pc       4 bits, one scale for each output channel
+    W4A16, W4A16_ASYM, w3a16g64: the same, activations left in 16 bits
+
+This file knows nothing of models or methods.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planish.errors import PlanishError
+
+BITS = (2, 3, 4, 8)
+DEFAULT_GROUP = 128
+
+_PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>\d+)|(?P<pc>pc))?_?(?P<sym>asym|sym)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Storage of one weight matrix [out, in].
+
+    Args:
+        bits: bits of a code, one of 2, 3, 4, 8.
+        group_size: inputs that share a scale, a multiple of 8; None is the whole row (one scale for each output channel).
+        symmetric: True has a signed scale and the constant zero point 2^(bits-1); False stores an
+            integer zero point for each group.
+    """
+
+    bits: int
+    group_size: int | None = DEFAULT_GROUP
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise PlanishError(f"{self.bits} bits aren't supported; use one of {', '.join(map(str, BITS))}")
+        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
+            raise PlanishError(f"group size {self.group_size} isn't supported; use a multiple of 8, such as 32, 64 or 128")
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Read 'w2g64', 'w4', 'w3g128asym', 'w4pc', 'W4A16_ASYM'.
+
+        Raises:
+            PlanishError: if the text is no scheme.
+        """
+        match = _PATTERN.fullmatch(text.strip().lower())
+        if match is None:
+            raise PlanishError(f"no scheme {text!r}; write it as w4g128, w2g64asym, w3pc or W4A16")
+        if match["act"] not in (None, "16"):
+            raise PlanishError(f"scheme {text!r}: activations of {match['act']} bits aren't supported yet; drop 'a{match['act']}'")
+        group = None if match["pc"] else int(match["group"] or DEFAULT_GROUP)
+        return cls(bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym")
+
+    def __str__(self) -> str:
+        group = "pc" if self.group_size is None else f"g{self.group_size}"
+        return f"w{self.bits}{group}{'' if self.symmetric else 'asym'}"
+
+    def group_in(self, in_features: int) -> int:
+        """Group size for a row of in_features inputs (the row itself if group_size is None)."""
+        return in_features if self.group_size is None else self.group_size
+
+    def groups_in(self, in_features: int) -> int:
+        """Groups in a row; the last one is shorter if the group size doesn't divide the row."""
+        return -(-in_features // self.group_in(in_features))
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits a weight: code, fp16 scale and, if asymmetric, a zero point of `bits` bits."""
+        overhead = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.groups_in(in_features) / in_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeMap:
+    """Which linear gets which scheme: the first rule whose regex is found in the name wins.
+
+    Args:
+        default: scheme of every linear that no rule names.
+        rules: (regex, Scheme), or (regex, None) to leave the linear in 16 bits.
+    """
+
+    default: Scheme
+    rules: tuple[tuple[str, Scheme | None], ...] = ()
+
+    @classmethod
+    def parse(cls, scheme: str, layers: Iterable[str] = (), ignore: Iterable[str] = ()) -> "SchemeMap":
+        """From a scheme, 'REGEX=SCHEME' texts and regexes to ignore (these win)."""
+        rules: list[tuple[str, Scheme | None]] = [(pattern, None) for pattern in ignore]
+        for text in layers:
+            pattern, sep, value = text.rpartition("=")
+            if not sep or not pattern:
+                raise PlanishError(f"layer rule {text!r} isn't REGEX=SCHEME; write it as 'down_proj=w4g64'")
+            rules.append((pattern, Scheme.parse(value)))
+        for pattern, _ in rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PlanishError(f"{pattern!r} is no regular expression: {error}") from error
+        return cls(default=Scheme.parse(scheme), rules=tuple(rules))
+
+    def __getitem__(self, name: str) -> Scheme | None:
+        for pattern, scheme in self.rules:
+            if re.search(pattern, name):
+                return scheme
+        return self.default
+
+    def resolve(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Scheme]:
+        """Scheme of every linear to quantize.
+
+        Args:
+            shapes: name -> (out_features, in_features) of every candidate linear.
+
+        Raises:
+            PlanishError: if a rule matches no linear, a group is larger than a row, or nothing is left.
+        """
+        for pattern, _ in self.rules:
+            if not any(re.search(pattern, name) for name in shapes):
+                raise PlanishError(f"{pattern!r} matches none of the {len(shapes)} linears; `planish info` lists their names")
+        chosen = {name: scheme for name in shapes if (scheme := self[name]) is not None}
+        if not chosen:
+            raise PlanishError("no linear is left to quantize; relax --ignore")
+        for name, scheme in chosen.items():
+            if scheme.group_size is not None and scheme.group_size > shapes[name][1]:
+                raise PlanishError(
+                    f"{name}: group size {scheme.group_size} is larger than its {shapes[name][1]} inputs; "
+                    "use a smaller group, or 'pc' for one scale a row"
+                )
+        return chosen
+
+    def __str__(self) -> str:
+        rules = [f"{pattern}={scheme or '16-bit'}" for pattern, scheme in self.rules]
+        return ", ".join([str(self.default), *rules])
