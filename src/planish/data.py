@@ -23,7 +23,8 @@ from torch import Tensor
 from planish import embedded
 from planish.errors import PlanishError
 
-_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
+_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
+                  r"(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
 
 # a hub data set may be endless: read this many times the characters asked for, so that the seed has a choice
 _HUB_CHOICE = 4
@@ -51,7 +52,8 @@ def tokens(tokenizer: Any, source: str | Path, *, at_most: int | None = None) ->
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int, seed: int = 0) -> tuple[Tensor, str]:
+def windows(tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int,
+            seed: int = 0) -> tuple[Tensor, str]:
     """Windows to calibrate on, and a note for the user ("" if there is nothing to say).
 
     Args:
@@ -76,7 +78,9 @@ def windows(tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: i
         cut, name = split(ids, seqlen, str(source)), str(source)
         order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
         cut = cut[order]
-    note = "" if len(cut) >= samples else f"{name} holds {len(cut)} windows of {seqlen} tokens, not {samples}: using {len(cut)}"
+    note = ""
+    if len(cut) < samples:
+        note = f"{name} holds {len(cut)} windows of {seqlen} tokens, not {samples}: using {len(cut)}"
     return cut[:samples], note
 
 
@@ -122,7 +126,7 @@ def join_rows(text: str) -> str:
 
 def _checked(ready: Tensor, seqlen: int) -> Tensor:
     if ready.dim() != 2 or ready.shape[1] != seqlen or len(ready) == 0 or ready.is_floating_point():
-        raise PlanishError(f"windows of token ids {tuple(ready.shape)} {ready.dtype}; needed is int64 [n, {seqlen}]")
+        raise PlanishError(f"ready windows are {ready.dtype} {list(ready.shape)}, not int64 [n, {seqlen}]")
     return ready.to(torch.int64)
 
 
@@ -162,15 +166,18 @@ def _hub(name: str, at_most: int | None) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise PlanishError(f"no such file: {name}; to read it as a data set of the hub: pip install 'planish[hub]'") from error
+        mend = "to read it as a data set of the hub: pip install 'planish[hub]'"
+        raise PlanishError(f"no such file: {name}; {mend}") from error
+    split_name = match["split"] or "train"
     try:
-        rows = iter(datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True))
+        rows = iter(datasets.load_dataset(match["name"], match["config"], split=split_name, streaming=True))
         first = next(rows)
     except StopIteration:
         return iter(())
-    except Exception as error:  # the library raises a dozen kinds for a missing name, config, split or network
+    except Exception as error:
+        # the library raises a dozen kinds for a missing name, config, split or network
         reason = str(error).strip().partition("\n")[0]
-        raise PlanishError(f"{name} is no file and can't be read as a data set of the hub: {reason}") from error
+        raise PlanishError(f"{name} is no file, and no data set that the hub gives: {reason}") from error
     return _first_characters(chain([first], rows), match["field"] or "text", name, at_most)
 
 

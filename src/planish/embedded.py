@@ -17,16 +17,19 @@ from planish.errors import PlanishError
 # shorter docstrings are labels ("Return the name."), not prose
 MIN_CHARACTERS = 80
 
-MODULES = tuple("""
-    _pydatetime _pydecimal _pyio argparse ast asyncio base64 bdb bz2 calendar cmd code codecs collections
-    concurrent configparser contextlib copy csv dataclasses datetime difflib dis doctest email enum fileinput
-    fractions ftplib functools getopt gettext graphlib gzip heapq hmac html http imaplib importlib inspect
-    ipaddress json locale logging lzma mailbox mimetypes multiprocessing numbers optparse os pathlib
-    pickle pickletools pkgutil platform plistlib poplib profile pstats pyclbr pydoc queue random re
-    sched secrets selectors shelve shutil smtplib socket socketserver ssl statistics string subprocess
-    tarfile tempfile textwrap threading timeit tokenize trace traceback types typing unittest urllib uuid wave
-    weakref webbrowser wsgiref xml xmlrpc zipfile
-""".split())
+MODULES = (
+    "_pydatetime", "_pydecimal", "_pyio", "argparse", "ast", "asyncio", "base64", "bdb", "bz2",
+    "calendar", "cmd", "code", "codecs", "collections", "concurrent", "configparser", "contextlib",
+    "copy", "csv", "dataclasses", "datetime", "difflib", "dis", "doctest", "email", "enum", "fileinput",
+    "fractions", "ftplib", "functools", "getopt", "gettext", "graphlib", "gzip", "heapq", "hmac", "html",
+    "http", "imaplib", "importlib", "inspect", "ipaddress", "json", "locale", "logging", "lzma",
+    "mailbox", "mimetypes", "multiprocessing", "numbers", "optparse", "os", "pathlib", "pickle",
+    "pickletools", "pkgutil", "platform", "plistlib", "poplib", "profile", "pstats", "pyclbr", "pydoc",
+    "queue", "random", "re", "sched", "secrets", "selectors", "shelve", "shutil", "smtplib", "socket",
+    "socketserver", "ssl", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap",
+    "threading", "timeit", "tokenize", "trace", "traceback", "types", "typing", "unittest", "urllib",
+    "uuid", "wave", "weakref", "webbrowser", "wsgiref", "xml", "xmlrpc", "zipfile",
+)
 
 
 def calibration() -> list[str]:
@@ -38,7 +41,7 @@ def calibration() -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = ["\n\n".join(text) for name in MODULES if (text := _docstrings(library, name))]
     if not documents:
-        raise PlanishError(f"this Python has no standard-library sources in {library}; give a text with --data FILE")
+        raise PlanishError(f"this Python has no library sources in {library}; give a text with --data FILE")
     return documents
 
 

@@ -12,11 +12,14 @@ Shapes: a weight [out, in] is seen as groups [out, G, g], padded with zeros at t
 g doesn't divide `in`; grids (scale, zero, offset) are [out, G, 1] beside it.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from planish.scheme import Scheme
 
 # fp16 keeps 7 significant bits at this size; a smaller scale loses the grid itself
 SCALE_FLOOR = 1e-5
@@ -71,6 +74,20 @@ class QTensor:
         offset = None if self.offset is None else self.offset.unsqueeze(-1)
         values = decode(codes, self.scale.unsqueeze(-1), zero.unsqueeze(-1), offset)
         return from_groups(values, self.shape[1]).to(dtype)
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored; one group a row is written as 'pc'."""
+        whole = self.group_size == self.shape[1]
+        return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.symmetric)
+
+    def digest(self) -> str:
+        """sha256 of every code, scale, zero and offset and of the shape."""
+        found = hashlib.sha256(f"{self.bits} {self.group_size} {self.shape}".encode())
+        for name in ("codes", "scale", "zero", "offset"):
+            value = getattr(self, name)
+            found.update(name.encode() if value is None else value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def equal(self, other: "QTensor") -> bool:
         """True if every code, scale, zero and offset is the same bit for bit."""

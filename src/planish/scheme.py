@@ -12,7 +12,7 @@ This file knows nothing of models or methods.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from planish.errors import PlanishError
@@ -137,3 +137,19 @@ class SchemeMap:
     def __str__(self) -> str:
         rules = [f"{pattern}={scheme or '16-bit'}" for pattern, scheme in self.rules]
         return ", ".join([str(self.default), *rules])
+
+
+def bits_per_weight(schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], parameters: int) -> float:
+    """Stored bits a weight over a whole model, what stays in 16 bits (embeddings, norms) counted too.
+
+    Args:
+        schemes: of the quantized linears.
+        shapes: (out, in) of at least those.
+        parameters: of the whole model, tied ones once.
+    """
+    bits, quantized = 0.0, 0
+    for name, scheme in schemes.items():
+        count = shapes[name][0] * shapes[name][1]
+        bits += count * scheme.bits_per_weight(shapes[name][1])
+        quantized += count
+    return (bits + 16 * (parameters - quantized)) / parameters

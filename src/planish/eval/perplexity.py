@@ -27,7 +27,7 @@ def perplexity(model: nn.Module, text: str | Path | Tensor, *, tokenizer: Any = 
 
     Args:
         model: a causal language model of transformers.
-        text: token ids int64 [n], or a source as `planish.data` reads it: a file, 'embedded-eval', a hub name.
+        text: token ids int64 [n], or a source as `planish.data` reads it: a file, 'embedded-eval', ...
         tokenizer: for a source; by default the one of the model's own folder.
         seqlen: tokens of a window.
         batch_size: windows at once.

@@ -102,7 +102,7 @@ def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float])
         quantizer.requires_grad_(False)
     for slot, rate in rates.items():
         parameters = [p for quantizer in quantizers.values() for p in quantizer.slot_parameters(slot)]
-        if parameters and rate:
+        if parameters:
             groups.append(([p.requires_grad_(True) for p in parameters], rate))
     return groups
 

@@ -5,6 +5,7 @@ linears were; fit them; hand the codes to the sink; let the quantized stream thr
 Nothing reaches back, so that a block's memory is all that is needed besides the streams.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from planish.errors import PlanishError
 from planish.fit.reconstruct import Outcome, Reconstruct, reconstruct
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor
@@ -92,23 +94,32 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
     return outcomes
 
 
+def trial(job: Job) -> Job:
+    """The job with a micro-batch that one step of the largest span survives; halved until it does.
+
+    Raises:
+        PlanishError: if even one sample at a time is too much.
+    """
+    assert job.stage.fit is not None
+    step = dataclasses.replace(job.stage.fit, steps=1, rates=dict.fromkeys(job.stage.fit.rates, 0.0))
+    while True:
+        try:
+            _fit_largest(dataclasses.replace(job, stage=dataclasses.replace(job.stage, fit=step)))
+            return job
+        except torch.OutOfMemoryError:
+            if job.micro_batch == 1:
+                raise PlanishError("the largest block doesn't fit the GPU even one sample at a time; use shorter "
+                                   "samples (--seqlen), a smaller span, or --device cpu") from None
+            job = dataclasses.replace(job, micro_batch=job.micro_batch // 2)
+        finally:
+            torch.cuda.empty_cache()
+
+
 def _one_span(job: Job, indices: range) -> Outcome | None:
-    span = {index: job.blocks.load(index) for index in indices}
-    linears: dict[str, nn.Linear] = {}
-    for index, block in span.items():
-        named = ((f"{job.blocks.names[index]}.{path}", module) for path, module in block.named_modules())
-        linears.update((name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes)
+    span, linears = _load(job, indices)
     importance, target = _float_pass(job, span, linears)
-    quantizers = {}
-    for name, linear in linears.items():
-        quantizers[name] = Quantizer(
-            linear.weight.detach(), job.schemes[name], weight_slot=job.stage.weight, range_slot=job.stage.range,
-            rounding_slot=job.stage.rounding, importance=importance.pop(name, None))
-        _replace(job, span, name, QLinear(linear, quantizers[name]))
-    outcome = None
-    if job.stage.fit is not None and job.stream is not None and target is not None:
-        outcome = reconstruct(functools.partial(_run, job.stream, span), quantizers, job.stream.quant, target,
-                              job.stage.fit, device=job.device, micro_batch=job.micro_batch, seed=job.seed + indices.start)
+    quantizers = _attach(job, span, linears, importance)
+    outcome = _fit(job, span, quantizers, target)
     for name, quantizer in quantizers.items():
         quantized = quantizer.quantize(linears[name].weight)
         linears[name].weight.data = quantized.dequantize(linears[name].weight.dtype)
@@ -119,6 +130,53 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
             job.stream.advance(job.stream.quant, block, index)
         job.blocks.unload(index)
     return outcome
+
+
+def _load(job: Job, indices: range) -> tuple[dict[int, nn.Module], dict[str, nn.Linear]]:
+    """The blocks of a span by index, and their linears to quantize by full name."""
+    span = {index: job.blocks.load(index) for index in indices}
+    linears: dict[str, nn.Linear] = {}
+    for index, block in span.items():
+        named = ((f"{job.blocks.names[index]}.{path}", module) for path, module in block.named_modules())
+        linears.update((name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes)
+    return span, linears
+
+
+def _attach(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear], importance: dict[str, Tensor]
+            ) -> dict[str, Quantizer]:
+    """Put a QLinear in the place of each linear; the quantizers by full name."""
+    quantizers = {}
+    for name, linear in linears.items():
+        quantizers[name] = Quantizer(
+            linear.weight.detach(), job.schemes[name], weight_slot=job.stage.weight, range_slot=job.stage.range,
+            rounding_slot=job.stage.rounding, importance=importance.pop(name, None))
+        _replace(job, span, name, QLinear(linear, quantizers[name]))
+    return quantizers
+
+
+def _fit(job: Job, span: Mapping[int, nn.Module], quantizers: Mapping[str, Quantizer], target: Tensor | None) -> Outcome | None:
+    if job.stage.fit is None or job.stream is None or target is None:
+        return None
+    return reconstruct(functools.partial(_run, job.stream, span), quantizers, job.stream.quant, target, job.stage.fit,
+                       device=job.device, micro_batch=job.micro_batch, seed=job.seed + min(span))
+
+
+def _fit_largest(job: Job) -> None:
+    """One step on the largest span as it is before any fit; the streams stay where they are."""
+    assert job.stage.fit is not None and job.stream is not None
+    names = job.blocks.names
+    sizes = [sum(1 for name in job.schemes if name.startswith(block + ".")) for block in names]
+    start = sizes.index(max(sizes)) // job.stage.fit.span * job.stage.fit.span
+    indices = range(start, min(start + job.stage.fit.span, len(names)))
+    span, linears = _load(job, indices)
+    try:
+        quantizers = _attach(job, span, linears, {})
+        _fit(job, span, quantizers, job.stream.quant)
+    finally:
+        for name, linear in linears.items():
+            _replace(job, span, name, linear)
+        for index in indices:
+            job.blocks.unload(index)
 
 
 def _run(stream: BlockStream, span: Mapping[int, nn.Module], hidden: Tensor) -> Tensor:

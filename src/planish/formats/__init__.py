@@ -32,8 +32,8 @@ def detect(quantization_config: Mapping[str, Any]) -> Format:
         if known.detect(quantization_config):
             return known
     method = quantization_config.get("quant_method")
-    found = f"{method!r} in the dialect {dialect(quantization_config)!r}" if method == "gptq" else repr(method)
-    raise PlanishError(f"the model is quantized by {found}, which Planish can't read; it reads {', '.join(FORMATS)}")
+    found = f"{method} of dialect {dialect(quantization_config)}" if method == "gptq" else method
+    raise PlanishError(f"the model is quantized by {found!r}; Planish reads only {', '.join(FORMATS)}")
 
 
 def choose(schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> Format:
@@ -45,13 +45,14 @@ def choose(schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int,
     return auto_round
 
 
-def verify(chosen: Format, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse before any work what a format can't hold: each layer by itself, then all beside each other.
+def verify(format: Format, schemes: Mapping[str, Scheme | None],
+           shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse before any work what a format can't hold: each layer by itself, then all of them together.
 
     Raises:
         UnsupportedScheme: naming the layer, the reason and the mend.
     """
     for layer, scheme in schemes.items():
         if scheme is not None:
-            chosen.check(layer, scheme, shapes[layer])
-    chosen.config(schemes)
+            format.check(layer, scheme, shapes[layer])
+    format.config(schemes)

@@ -59,8 +59,8 @@ def config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
             continue
         if scheme.symmetric != default.symmetric:
             raise UnsupportedScheme(
-                f"{layer}: {NAME} can't hold {scheme} beside {default}: symmetric and asymmetric layers don't mix; "
-                "use --format native"
+                f"{layer}: {NAME} can't hold {scheme} beside {default}; "
+                "make all layers symmetric or all asymmetric, or use --format native"
             )
         if scheme != default or block_of(layer) is None:
             extra[layer] = _entry(scheme)
@@ -109,11 +109,10 @@ def _exception(extra: Mapping[str, Mapping[str, Any]], layer: str,
 def _readable(layer: str, entry: Mapping[str, Any], packing: str | None) -> Scheme:
     scheme = scheme_from(entry)
     if entry.get("data_type", "int") != "int" or int(entry.get("act_bits") or 16) < 16:
-        raise PlanishError(f"{layer}: only integer weights with 16-bit activations can be read; take another variant of the model")
+        raise PlanishError(f"{layer}: Planish reads only integer weights with 16-bit activations")
     if packing not in PACKING[scheme.symmetric]:
-        raise PlanishError(
-            f"{layer}: {scheme} packed as {packing!r} can't be read; Planish reads {' and '.join(PACKING[scheme.symmetric])}"
-        )
+        known = " and ".join(PACKING[scheme.symmetric])
+        raise PlanishError(f"{layer}: {scheme} is packed as {packing!r}; Planish reads only {known}")
     return scheme
 
 
@@ -123,6 +122,11 @@ def detect(config: Mapping[str, Any]) -> bool:
 
 
 auto_round = Format(
-    name=NAME, check=partial(check_layout, NAME), encode=encode, decode=decode, config=config, schemes=schemes,
+    name=NAME,
+    check=partial(check_layout, NAME),
+    encode=encode,
+    decode=decode,
+    config=config,
+    schemes=schemes,
     detect=detect,
 )

@@ -25,7 +25,8 @@ class Format:
         decode: (layer, tensors by full name, scheme, (out, in)) -> QTensor; the exact inverse of encode.
         config: {layer: Scheme, or None for a linear left in 16 bits} -> `quantization_config` of config.json;
             raises UnsupportedScheme if the format can't hold these layers beside each other.
-        schemes: (`quantization_config`, {layer: (out, in)} of every linear) -> {layer: Scheme} of the quantized ones.
+        schemes: (`quantization_config`, {layer: (out, in)} of every linear) -> {layer: Scheme} of those that
+            are quantized.
         detect: `quantization_config` -> is it this format's?
     """
 

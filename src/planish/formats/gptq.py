@@ -34,8 +34,8 @@ def check_layout(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) 
     out_features, in_features = shape
     if out_features % WORD or in_features % WORD:
         raise UnsupportedScheme(
-            f"{layer}: {name} needs outputs and inputs in multiples of {WORD}, not {out_features} x {in_features}; "
-            "use --format native"
+            f"{layer}: {name} needs outputs and inputs in multiples of {WORD}, "
+            f"not {out_features} x {in_features}; use --format native"
         )
     group = scheme.group_in(in_features)
     if in_features % group:
@@ -71,7 +71,7 @@ def decode_layout(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, sha
     scales = take(tensors, f"{layer}.scales", (groups, out_features), torch.float16)
     zero = unpack(qzeros, bits, 1, out_features).T.to(torch.int16) + shift
     if int(zero.max()) >= 2**bits or (scheme.symmetric and not bool((zero == midpoint(bits)).all())):
-        raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; is config.json another model's?")
+        raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; check config.json")
     return QTensor(
         codes=unpack(qweight, bits, 0, in_features).T.contiguous(),
         scale=scales.T.contiguous(),
@@ -94,10 +94,12 @@ def check(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None
     check_layout(name, layer, scheme, shape)
     if block_of(layer) is None:
         raise UnsupportedScheme(
-            f"{layer}: {name} quantizes only the linears of numbered blocks; use --format auto_round, or --ignore it"
+            f"{layer}: {name} holds only linears of numbered blocks; use --format auto_round, or --ignore it"
         )
     if name == "gptq" and not scheme.symmetric:
-        raise UnsupportedScheme(f"{layer}: gptq can't store the zero point 0 of {scheme}; use --format gptq_v2 or auto_round")
+        raise UnsupportedScheme(
+            f"{layer}: {scheme} may have the zero point 0, which gptq lacks; use gptq_v2 or auto_round"
+        )
 
 
 def encode(name: str, shift: int, layer: str, q: QTensor) -> dict[str, Tensor]:
@@ -115,7 +117,7 @@ def decode(name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], sch
     if g_idx is not None:
         plain = torch.arange(shape[1], device=g_idx.device) // scheme.group_in(shape[1])
         if not torch.equal(g_idx.long(), plain):
-            raise PlanishError(f"{layer}.g_idx reorders columns (desc_act), which Planish can't read; take a model without")
+            raise PlanishError(f"{layer}.g_idx reorders columns; Planish reads only models without desc_act")
     return decode_layout(layer, tensors, scheme, shape, shift)
 
 
@@ -124,7 +126,9 @@ def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
     default = most_common(schemes)
     for layer, scheme in schemes.items():
         if scheme not in (None, default):
-            raise UnsupportedScheme(f"{layer}: {name} holds one scheme a model, {default}, not also {scheme}; use --format auto_round")
+            raise UnsupportedScheme(
+                f"{layer}: {name} can't hold {scheme} beside {default}; use --format auto_round"
+            )
     written: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": default.bits,
@@ -136,10 +140,14 @@ def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
         "checkpoint_format": name,
         "format": name,
     }
-    kept = list(dict.fromkeys(within_block(layer) for layer, scheme in schemes.items() if scheme))
-    skipped = list(dict.fromkeys(within_block(n) for n, scheme in schemes.items() if block_of(n) and scheme is None))
-    if both := [part for part in skipped if part in kept]:
-        raise UnsupportedScheme(f"{both[0]}: {name} quantizes it in every block or in none; use --format auto_round")
+    in_blocks = {layer: scheme for layer, scheme in schemes.items() if block_of(layer)}
+    kept = list(dict.fromkeys(within_block(layer) for layer, scheme in in_blocks.items() if scheme))
+    skipped = list(dict.fromkeys(within_block(layer) for layer, scheme in in_blocks.items() if not scheme))
+    for layer, scheme in in_blocks.items():
+        if scheme is None and within_block(layer) in kept:
+            raise UnsupportedScheme(
+                f"{layer}: {name} quantizes a linear in all blocks or in none; use --format auto_round"
+            )
     if skipped:
         # transformers and vLLM read the first, GPTQModel the second
         written["modules_in_block_to_quantize"] = [kept]
@@ -148,7 +156,7 @@ def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
 
 
 def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Scheme]:
-    """Scheme of every quantized linear, with `modules_in_block_to_quantize`, `dynamic` and `lm_head` heeded."""
+    """Scheme of every quantized linear; heeds `modules_in_block_to_quantize`, `dynamic` and `lm_head`."""
     kept = [part for parts in config.get("modules_in_block_to_quantize") or [] for part in parts]
     found = {}
     for layer in shapes:
@@ -172,8 +180,8 @@ def scheme_from(entry: Mapping[str, Any]) -> Scheme:
     missing = [key for key in ("bits", "group_size", "sym") if key not in entry]
     if missing:
         raise PlanishError(f"quantization_config has no {missing[0]!r}; add it, or convert the model anew")
-    group = int(entry["group_size"])
-    return Scheme(bits=int(entry["bits"]), group_size=None if group == -1 else group, symmetric=bool(entry["sym"]))
+    group = None if entry["group_size"] == -1 else int(entry["group_size"])
+    return Scheme(bits=int(entry["bits"]), group_size=group, symmetric=bool(entry["sym"]))
 
 
 def detect(name: str, config: Mapping[str, Any]) -> bool:

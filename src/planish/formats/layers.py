@@ -47,11 +47,11 @@ def take(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype
         PlanishError: if it is missing or has another shape or dtype.
     """
     if name not in tensors:
-        raise PlanishError(f"{name} is missing; the checkpoint is incomplete, or its config.json isn't its own")
+        raise PlanishError(f"{name} is missing; the checkpoint is incomplete or has another's config.json")
     tensor = tensors[name]
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise PlanishError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} where config.json promises {dtype} {list(shape)}; "
-            "the checkpoint is damaged, or its config.json isn't its own"
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}; "
+            "the checkpoint is damaged or has another's config.json"
         )
     return tensor

@@ -88,13 +88,13 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
     """
     if config.get("format_version") != VERSION or "scheme" not in config:
         raise PlanishError(
-            f"quantization_config is of format_version {config.get('format_version')!r}, this Planish reads {VERSION}; "
-            "upgrade Planish"
+            f"quantization_config has format_version {config.get('format_version')!r} and this Planish reads "
+            f"{VERSION}; upgrade Planish"
         )
     layers = config.get("layers", {})
     for layer in layers:
         if layer not in shapes:
-            raise PlanishError(f"quantization_config names {layer!r}, which the model hasn't; is it another model's?")
+            raise PlanishError(f"quantization_config names {layer!r}, but the model has none")
     texts = {layer: layers.get(layer, config["scheme"] if block_of(layer) else None) for layer in shapes}
     return {layer: Scheme.parse(text) for layer, text in texts.items() if text is not None}
 

@@ -57,8 +57,8 @@ def unpack(words: Tensor, bits: int, dim: int, length: int) -> Tensor:
 
 
 def _lined_up(stream: Tensor, step: int) -> Tensor:
-    """[n, ...] -> [ceil(n / step), step, ...], padded with zeros; a view where nothing is padded."""
+    """[n, ...] -> [ceil(n / step), step, ...], padded with zeros; contiguous, since 32 passes go over it."""
     short = -stream.shape[0] % step
     if short:
         stream = functional.pad(stream, [0, 0] * (stream.dim() - 1) + [0, short])
-    return stream.unflatten(0, (-1, step))
+    return stream.contiguous().unflatten(0, (-1, step))

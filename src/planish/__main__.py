@@ -1,0 +1,5 @@
+"""`python -m planish` is `planish`."""
+
+from planish.cli import main
+
+main()

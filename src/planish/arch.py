@@ -1,0 +1,129 @@
+"""Arch: where a language model keeps its decoder blocks, its embedding and its head, as plain names.
+
+It is found by structure, not by family: the blocks are the nn.ModuleList that holds the most parameters
+among those whose children share a class and hold nn.Linear (of a multimodal model that is the language
+model's). What lies outside the blocks stays in 16 bits.
+
+This file knows nothing of quantizers, files or devices; a model on the meta device will do.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from planish.errors import PlanishError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """Names of a model's parts, each as `model.get_submodule` takes it.
+
+    Args:
+        blocks: the nn.ModuleList of decoder blocks, e.g. "model.layers".
+        num_blocks: how many blocks it holds.
+        embedding: the token embedding, e.g. "model.embed_tokens".
+        head: the output projection, e.g. "lm_head"; None if the model has none.
+        outside: the largest modules that share nothing with the blocks, in order: together with the
+            blocks they are the whole model, e.g. ("model.embed_tokens", "model.norm", ..., "lm_head").
+    """
+
+    blocks: str
+    num_blocks: int
+    embedding: str
+    head: str | None
+    outside: tuple[str, ...]
+
+    def block(self, index: int) -> str:
+        """Full name of a block, e.g. "model.layers.3"."""
+        return f"{self.blocks}.{index}"
+
+
+def discover(model: "PreTrainedModel", packed: type[nn.Module] | tuple[()] = ()) -> Arch:
+    """Find the parts of a transformers language model.
+
+    Args:
+        model: its parameters may be on meta.
+        packed: class of the layers that stand for an nn.Linear in a quantized model; with `in_features`
+            and `out_features`.
+
+    Raises:
+        PlanishError: if it has no recognisable blocks, or blocks with fused 3-D experts.
+    """
+    kind = type(model).__name__
+    lists = {name: module for name, module in model.named_modules() if _is_stack(module, packed)}
+    if not lists:
+        raise PlanishError(
+            f"{kind} has no recognisable blocks (an nn.ModuleList of one class with nn.Linear in it); "
+            "give a decoder-only language model"
+        )
+    blocks = max(lists, key=lambda name: _size(lists[name], packed))
+    _refuse_fused_experts(lists[blocks], blocks)
+    embedding = _name_of(model, model.get_input_embeddings())
+    if embedding is None:
+        raise PlanishError(f"{kind} has no token embedding; give a decoder-only language model")
+    head = _name_of(model, model.get_output_embeddings())
+    outside = tuple(_outside(model, "", blocks))
+    return Arch(blocks=blocks, num_blocks=len(lists[blocks]), embedding=embedding, head=head, outside=outside)
+
+
+def linears(arch: Arch, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full name -> (out_features, in_features) of every nn.Linear of the blocks, in the model's order."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in _linears(model, arch.blocks)}
+
+
+def block_linears(arch: Arch, model: nn.Module, index: int) -> dict[str, nn.Linear]:
+    """Full name -> nn.Linear of one block, in the model's order."""
+    return dict(_linears(model, arch.block(index)))
+
+
+def _linears(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def _is_stack(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> bool:
+    """Is it an nn.ModuleList of one class whose children hold nn.Linear, or what stands for it?"""
+    if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+        return False
+    return all(any(isinstance(part, (nn.Linear, packed)) for part in child.modules()) for child in module)
+
+
+def _size(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> int:
+    layers = (part for part in module.modules() if isinstance(part, packed))
+    standing = sum(layer.in_features * layer.out_features for layer in layers)  # type: ignore[operator, misc]
+    return standing + sum(parameter.numel() for parameter in module.parameters())
+
+
+def _refuse_fused_experts(blocks: nn.Module, prefix: str) -> None:
+    for name, module in blocks.named_modules(prefix=prefix):
+        if isinstance(module, _ConvNd):  # a short convolution's kernel has three dimensions too
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                raise PlanishError(
+                    f"fused 3-D experts aren't supported yet: {name}.{leaf} {list(parameter.shape)}; "
+                    "give a model without them"
+                )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _outside(module: nn.Module, prefix: str, blocks: str) -> Iterator[str]:
+    """Children of the blocks' ancestors that aren't ancestors themselves."""
+    for leaf, child in module.named_children():
+        name = f"{prefix}.{leaf}" if prefix else leaf
+        if name == blocks:
+            continue
+        if blocks.startswith(f"{name}."):
+            yield from _outside(child, name, blocks)
+        else:
+            yield name

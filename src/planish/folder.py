@@ -1,0 +1,137 @@
+"""A quantized checkpoint as a folder: read it as a model, write what goes beside its tensors, verify it.
+
+    QuantizedFolder.open(path)    the format, the scheme of each linear, each linear's QTensor
+    assemble(source, layers)      an ordinary transformers model with packed layers
+
+Verification reads a folder back as `load` would and compares every code, scale and zero by hash.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from planish.arch import discover, linears
+from planish.errors import PlanishError
+from planish.formats import detect
+from planish.formats.format import Format
+from planish.kernels.linear import PackedLinear
+from planish.qtensor import QTensor
+from planish.scheme import Scheme
+from planish.source import FolderSource, Source, find_folder
+
+SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+              "chat_template*", "generation_config.json", "*processor_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedFolder:
+    """A folder whose config.json has a `quantization_config` of one of our formats."""
+
+    source: FolderSource
+    format: Format
+    schemes: dict[str, Scheme]
+    shapes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "QuantizedFolder | None":
+        """The folder (or hub id), or None if its model isn't quantized.
+
+        Raises:
+            PlanishError: if there is no such folder, or its format isn't one of ours.
+        """
+        if str(path).endswith(".gguf"):
+            return None
+        source = FolderSource(find_folder(path, revision=revision), label=os.fspath(path), quantized=True)
+        how = source.quantization_config
+        if how is None:
+            return None
+        found = detect(how)
+        skeleton = source.skeleton()
+        shapes = linears(discover(skeleton), skeleton)
+        return cls(source=source, format=found, schemes=found.schemes(how, shapes), shapes=shapes)
+
+    def layers(self) -> Iterator[tuple[str, QTensor]]:
+        """(name, QTensor) of each quantized linear, one at a time."""
+        of_layer: dict[str, list[str]] = {name: [] for name in self.schemes}
+        for key in self.source.names():
+            name = key.rpartition(".")[0]
+            if name in of_layer:
+                of_layer[name].append(key)
+        for name, scheme in self.schemes.items():
+            tensors = {key: self.source.get(key) for key in of_layer[name]}
+            yield name, self.format.decode(name, tensors, scheme, self.shapes[name])
+
+
+def assemble(source: Source, layers: Iterable[tuple[str, QTensor]], device: torch.device, dtype: torch.dtype
+             ) -> PreTrainedModel:
+    """The source's model with the given linears packed and all else in `dtype`, on the device."""
+    model = source.skeleton()
+    for name, quantized in layers:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedLinear.from_qtensor(quantized.to(device), bias, dtype))
+    source.load(model, "", device, dtype)
+    model.tie_weights()
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = True
+    model.config.name_or_path = str(source.folder or source.config.name_or_path)
+    if source.folder is not None and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model
+
+
+def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
+    """Read a folder back as `load` would; every layer must have the digest that was written.
+
+    Raises:
+        PlanishError: naming the layer that differs.
+    """
+    written = QuantizedFolder.open(folder)
+    read = {} if written is None else {name: quantized.digest() for name, quantized in written.layers()}
+    for name in sorted(digests.keys() | read.keys()):
+        if digests.get(name) != read.get(name):
+            raise PlanishError(f"{name} was read back different from what was written; the disk or memory may be faulty")
+
+
+def plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers outside of packed layers, and the biases of those; tied ones once."""
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = name.rpartition(".")
+        if id(tensor) not in seen and (owner not in packed or leaf == "bias"):
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def config_of(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model, with how it is quantized."""
+    return {**model.config.to_diff_dict(), "quantization_config": dict(quantization_config)}
+
+
+def tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer of the folder that a model was loaded from, or None."""
+    try:
+        return AutoTokenizer.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError):
+        return None
+
+
+def side_files(folder: Path | None, tokenizer: Any) -> dict[str, str | Path]:
+    """What goes beside the tensors, by file name: copied from a folder, else written by the tokenizer."""
+    if folder is not None:
+        return {file.name: file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()}
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as written:
+        tokenizer.save_pretrained(written)
+        return {file.name: file.read_text(encoding="utf-8") for file in Path(written).iterdir() if file.is_file()}

@@ -1,0 +1,465 @@
+"""Source: the model to quantize, read piece by piece, so that memory holds blocks and never the whole.
+
+    source = open_source("org/name")       a folder, a hub id, a .gguf file, or a model in memory
+    model = source.skeleton()              parameters on meta, buffers real
+    source.load(block, "model.layers.0", device)  ...  source.unload(block)
+
+Names are those of the model's modules; a base-model prefix ("model.") that the files lack or add is
+mapped, tied tensors go by the embedding's name. It knows nothing of quantizers or formats.
+"""
+
+import copy
+import json
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from planish.errors import PlanishError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*.safetensors"]
+
+
+class QuantizedOnceWarning(UserWarning):
+    """The weights were quantized before: a measure against them flatters every method."""
+
+
+class Source(ABC):
+    """A model that is loaded and unloaded by parts.
+
+    Args:
+        model: parameters on meta, buffers real; tied parameters are one object.
+        config: the model's configuration as its author saved it.
+        label: how messages call it.
+        folder: where tokenizer and side files lie, if anywhere.
+
+    Attributes:
+        dtype: of the model's parameters.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, label: str,
+                 folder: Path | None) -> None:
+        self.config = config
+        self.label = label
+        self.folder = folder
+        self.dtype = model.dtype
+        self._model = _ready(model)
+        self._ties = _ties(model)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its parameters on meta: the same object at every call, in eval mode, without
+        gradients or cache."""
+        return self._model
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all tensors of the checkpoint; a tied one once, under the embedding's name."""
+
+    @abstractmethod
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in any order; a tensor is borrowed until the next one is asked for."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None if the source has none."""
+
+    def get(self, name: str) -> Tensor:
+        """One tensor of `names()` as it is stored, on the CPU, the caller's own.
+
+        Raises:
+            PlanishError: if there is no such tensor, or it holds NaN or infinity.
+        """
+        ((_, tensor),) = self._read([name])
+        self._check_finite(name, tensor)
+        return tensor.detach().to("cpu", copy=True)
+
+    def load(self, module: nn.Module, prefix: str, device: torch.device | str,
+             dtype: torch.dtype | None = None) -> None:
+        """Fill the meta parameters of a part of the skeleton; parameters tied to them are filled too.
+
+        Args:
+            module: the part; its buffers move to `device` and keep their dtype.
+            prefix: its full name, "" for the skeleton itself.
+            device: where the parameters shall be, in private memory.
+            dtype: of floating-point parameters; None keeps each one's own.
+
+        Raises:
+            PlanishError: if a tensor is missing, or holds NaN or infinity.
+        """
+        wanted = {}
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                full = f"{prefix}.{name}" if prefix else name
+                wanted[self._ties.get(full, [full])[0]] = name, dtype or parameter.dtype
+        for full, tensor in self._read(wanted):
+            self._check_finite(full, tensor)
+            name, kind = wanted[full]
+            real = tensor.detach().to(device, kind if tensor.is_floating_point() else tensor.dtype, copy=True)
+            filled = nn.Parameter(real, requires_grad=False)
+            _put(module, name, filled)
+            for tied in self._ties.get(full, ()):
+                _put(self._model, tied, filled)
+        for name, buffer in module.named_buffers():
+            _put(module, name, buffer.to(device))
+
+    def unload(self, module: nn.Module) -> None:
+        """Put the parameters of a part, and those tied to them, back on meta; buffers stay."""
+        emptied = {id(real): _empty(real) for real in module.parameters() if not real.is_meta}
+        tied = [self._model.get_submodule(name.rpartition(".")[0]) for name in self._ties]
+        for part in [*module.modules(), *tied]:
+            for leaf, parameter in list(part.named_parameters(recurse=False)):
+                setattr(part, leaf, emptied.get(id(parameter), parameter))
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        low, high = tensor.aminmax()  # NaN passes through; no temporary of the tensor's size
+        if not (low.isfinite() and high.isfinite()):
+            raise PlanishError(f"{self.label}: {name} holds NaN or infinity; get the checkpoint again")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its file, its name there, its shape."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+class FolderSource(Source):
+    """A Hugging Face folder with model.safetensors, whole or in shards; tensors are read when needed.
+
+    Args:
+        label: how messages call it.
+        trust_remote_code: run Python code that comes with the model.
+        quantized: accept a quantized checkpoint, whose layers have other tensors than the skeleton: those
+            keep their names on disk, and only `load` refuses what is missing.
+    """
+
+    def __init__(self, folder: Path, *, label: str | None = None, trust_remote_code: bool = False,
+                 quantized: bool = False) -> None:
+        label = label or str(folder)
+        config = _read_config(folder, label, trust_remote_code)
+        self.quantization_config: dict[str, Any] | None = getattr(config, "quantization_config", None)
+        if not quantized:
+            _refuse_quantized(config, label)
+        elif self.quantization_config is not None:
+            del config.quantization_config
+        on_disk = _scan(folder, label)
+        self._trust = trust_remote_code
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(on_disk)
+        model = _build(config, dtype, label, trust_remote_code)
+        self._places = _by_module_name(model, on_disk)
+        if self._untie(model):
+            config.tie_word_embeddings = model.config.tie_word_embeddings = False
+        super().__init__(model, config, label, folder)
+        for name, group in self._ties.items():
+            if name in self._places and name != group[0]:
+                self._places.setdefault(group[0], self._places.pop(name))
+        self._check_parameters(quantized)
+        self._fill_buffers()
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        assert self.folder is not None
+        if not any(self.folder.glob("tokenizer*")):
+            return None
+        return transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        by_file = defaultdict(list)
+        for name in names:
+            if name not in self._places:
+                raise PlanishError(f"{self.label} has no tensor {name}")
+            by_file[self._places[name].file].append(name)
+        for file, inside in by_file.items():
+            with _opened(file) as handle:
+                for name in inside:
+                    yield name, handle.get_tensor(self._places[name].key)
+
+    def _untie(self, model: PreTrainedModel) -> bool:
+        """Give tied parameters that differ on disk their own; True if there were any."""
+        pairs = [(group[0], name) for name, group in _ties(model).items() if name != group[0]]
+        apart = [name for first, name in pairs if first in self._places and name in self._places
+                 and not torch.equal(*dict(self._read([first, name])).values())]
+        for name in apart:
+            _put(model, name, _empty(model.get_parameter(name)))
+        return bool(apart)
+
+    def _check_parameters(self, quantized: bool) -> None:
+        for name, parameter in self._model.named_parameters():
+            place = self._places.get(name)
+            if place is None:
+                if quantized:
+                    continue
+                raise PlanishError(f"{self.label}: the tensor {name} is missing; get the checkpoint again, "
+                                   "or load it with transformers and pass the model")
+            if place.shape != parameter.shape:
+                raise PlanishError(f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
+                                   f"{list(parameter.shape)}; get the checkpoint again")
+
+    def _fill_buffers(self) -> None:
+        """Persistent buffers come from disk; one that the model itself didn't start either is refused."""
+        names = [name for name, _ in self._model.named_buffers()]
+        for name, tensor in self._read([name for name in names if name in self._places]):
+            self._check_finite(name, tensor)
+            _put(self._model, name, tensor.clone())
+        for name in names:
+            if _is_poisoned(self._model.get_buffer(name)):
+                raise PlanishError(f"{self.label}: the buffer {name} can't be computed without the weights; "
+                                   "load it with transformers and pass the model")
+
+
+class MemorySource(Source):
+    """A model in memory: parts are copied, the model itself is left as it is."""
+
+    def __init__(self, model: PreTrainedModel, *, label: str | None = None) -> None:
+        label = label or type(model).__name__
+        _refuse_quantized(model.config, label)
+        self._tensors = {name: value for name, value in model.state_dict(keep_vars=True).items()
+                         if isinstance(value, Tensor)}
+        for name, tensor in self._tensors.items():
+            if tensor.is_meta:
+                raise PlanishError(f"{label}: {name} is on the meta device; load the model whole")
+        memo = {id(parameter): _empty(parameter) for parameter in model.parameters()}
+        super().__init__(copy.deepcopy(model, memo), model.config, label, None)
+
+    def names(self) -> list[str]:
+        return [name for name in self._tensors if self._ties.get(name, [name])[0] == name]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return None
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if name not in self._tensors:
+                raise PlanishError(f"{self.label} has no tensor {name}")
+            yield name, self._tensors[name]
+
+
+class GgufSource(MemorySource):
+    """A .gguf file, dequantized to bf16 in memory by transformers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.bfloat16,
+                quantization_config=transformers.GgufConfig(dequantize=True))
+        except ImportError as error:
+            raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
+        except Exception as error:  # a damaged file can raise anything
+            raise PlanishError(f"{path}: transformers can't read it ({_first_line(error)})") from error
+        model.config.architectures = [type(model).__name__]
+        super().__init__(model, label=str(path))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return transformers.AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+
+
+def open_source(model: str | os.PathLike[str] | PreTrainedModel, *, revision: str | None = None,
+                trust_remote_code: bool = False) -> Source:
+    """Open what is to be quantized.
+
+    Args:
+        model: a Hugging Face folder, a .gguf file, a hub id, or a model in memory.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        PlanishError: if it isn't there, is damaged, incomplete, pickled, or quantized already.
+    """
+    if isinstance(model, PreTrainedModel):
+        return MemorySource(model)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        warnings.warn(f"{model}: the weights of a GGUF were quantized once; prefer the original",
+                      QuantizedOnceWarning, stacklevel=2)
+        return GgufSource(path)
+    folder = find_folder(model, revision=revision, trust_remote_code=trust_remote_code)
+    return FolderSource(folder, label=os.fspath(model), trust_remote_code=trust_remote_code)
+
+
+def find_folder(model: str | os.PathLike[str], *, revision: str | None = None,
+                trust_remote_code: bool = False) -> Path:
+    """The folder of a model: the one named, or where a hub id was downloaded to.
+
+    Raises:
+        PlanishError: if there is none.
+    """
+    label, path = os.fspath(model), Path(model).expanduser()
+    if revision is not None and path.exists():
+        raise PlanishError(f"{label} is on this machine; drop the revision, which is for hub ids")
+    if path.is_dir():
+        return path
+    if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(label):
+        raise PlanishError(f"no such folder: {label}; give a Hugging Face folder, a hub id such as org/name, "
+                           "or a .gguf file")
+    return _download(label, revision, trust_remote_code)
+
+
+def _download(hub_id: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import snapshot_download  # here, not above: most runs don't need the network
+
+    patterns = _HUB_FILES + ["*.py"] * code
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns,
+                                      ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:
+        raise PlanishError(f"no such folder: {hub_id}, nor does the hub give such a model "
+                           f"({_first_line(error)}); check the name") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_config(folder: Path, label: str, code: bool) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise PlanishError(f"{label} has no config.json; give the folder of a Hugging Face model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
+    except (ValueError, KeyError, OSError) as error:
+        raise PlanishError(f"{label}: transformers can't read config.json ({_first_line(error)}); "
+                           "a model with code of its own needs trust_remote_code") from error
+    return config
+
+
+def _refuse_quantized(config: PreTrainedConfig, label: str) -> None:
+    how = getattr(config, "quantization_config", None)
+    if how is not None:
+        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+        raise PlanishError(f"{label} is quantized already ({method}); give the 16-bit original")
+
+
+def _scan(folder: Path, label: str) -> dict[str, _Place]:
+    """Every tensor of the checkpoint by its name on disk, from the headers alone."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = _shards(index)
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f"only pickled weights ({pickled[0]})" if pickled else "no model.safetensors"
+        raise PlanishError(f"{label} holds {found}; load it with transformers and save_pretrained() it first")
+    places = {}
+    for file in files:
+        with _opened(folder / file) as handle:
+            for key in sorted(handle.keys()):
+                places[key] = _Place(folder / file, key, tuple(handle.get_slice(key).get_shape()))
+    return places
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise PlanishError(f"{index} is damaged ({_first_line(error)}); get the checkpoint again") from error
+
+
+def _opened(file: Path) -> safe_open:
+    """A safetensors file, mapped into memory until it is left: copy what shall stay."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise PlanishError(f"{file} is missing; get the checkpoint again") from error
+    except (SafetensorError, OSError) as error:
+        raise PlanishError(f"{file} is truncated or damaged ({_first_line(error)}); get it again") from error
+
+
+def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
+    """The first floating-point dtype on disk, as transformers does where config.json names none."""
+    for place in places.values():
+        with _opened(place.file) as handle:
+            if (tensor := handle.get_tensor(place.key)).is_floating_point():
+                return tensor.dtype
+    return torch.float32
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool) -> PreTrainedModel:
+    """The model on meta; then its buffers again on the CPU, as the model itself starts them."""
+    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    for auto in autos:
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=code)
+            break
+        except ValueError as error:
+            if auto is autos[-1]:
+                raise PlanishError(f"{label}: transformers makes no language model of it "
+                                   f"({_first_line(error)})") from error
+    for part in model.modules():
+        for leaf, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(part, leaf, torch.full_like(buffer, _poison(buffer.dtype), device="cpu"))
+                part._is_hf_initialized = False  # asks the model to start this module, and no other, again
+    model.initialize_weights()
+    return model
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    """A value no buffer holds, to see which ones the model didn't start."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _is_poisoned(buffer: Tensor) -> bool:
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    return buffer.dtype != torch.bool and bool((buffer == _poison(buffer.dtype)).any())
+
+
+def _by_module_name(model: PreTrainedModel, on_disk: dict[str, _Place]) -> dict[str, _Place]:
+    """Places under module names; what belongs to no module keeps its name."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    places = {}
+    for key, place in on_disk.items():
+        spellings = (key, prefix + key, key.removeprefix(prefix))
+        places[next((name for name in spellings if name in known), key)] = place
+    return places
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """In eval mode, without gradients and cache, with PyTorch's own attention where the model can."""
+    model.eval().requires_grad_(False)
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+    return model
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """Name of every tied parameter -> all names of that parameter, the embedding's first."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _empty(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)

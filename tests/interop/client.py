@@ -1,0 +1,44 @@
+"""Runs inside another toolkit's environment: load a checkpoint there, write its logits for a prompt.
+
+    python client.py ROUTE FOLDER PROMPT LOGITS
+
+ROUTE: `transformers` (AutoModelForCausalLM, the loader that config.json names), `auto-round-config` (the
+same, a GPTQ checkpoint read by auto-round through AutoRoundConfig) or `gptqmodel` (its own loader).
+PROMPT is JSON: {"ids": [...], "dtype": "float16"}. LOGITS is a safetensors file whose metadata name the
+classes that stood in for the linears. Knows nothing of Planish.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import torch
+from safetensors.torch import save_file
+
+
+def load(route: str, folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in evaluation mode, on the CPU."""
+    if route == "gptqmodel":
+        from gptqmodel import GPTQModel
+
+        return GPTQModel.load(folder, device="cpu", dtype=dtype).model.eval()
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    config = {"quantization_config": AutoRoundConfig()} if route == "auto-round-config" else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **config).eval()
+
+
+def main(route: str, folder: str, prompt: str, logits: str) -> None:
+    with open(prompt, encoding="utf-8") as file:
+        asked = json.load(file)
+    torch.set_num_threads(2)
+    model = load(route, folder, getattr(torch, asked["dtype"]))
+    with torch.no_grad():
+        output = model(torch.tensor([asked["ids"]])).logits[0]
+    kinds = Counter(type(module).__name__ for module in model.modules() if hasattr(module, "qweight"))
+    found = {"layers": json.dumps(kinds), "dtype": str(output.dtype).removeprefix("torch.")}
+    save_file({"logits": output.float().contiguous()}, logits, metadata=found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

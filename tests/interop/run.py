@@ -1,0 +1,246 @@
+"""Do other toolkits read what Planish writes? Write checkpoints, load each in its real client, compare logits.
+
+    python tests/interop/run.py MODEL [--environments DIR] [--results FILE] [--only TEXT]
+
+For each case: MODEL is rounded to nearest (min/max), written in a format, loaded on the CPU by a client in
+an environment of its own, and the client's logits for a fixed prompt are compared with ours (nn.Linear
+with the dequantized weights, same dtype): norm of the difference over norm, at most 1e-2. Environments are
+made on the first run (a few minutes; torch is installed first, from where pip finds it) and used again.
+Results are written as JSON; exit status 1 if a case that could be run differs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from planish.checkpoint import CheckpointWriter
+from planish.formats import FORMATS, verify
+from planish.qtensor import QTensor
+from planish.quant import Quantizer
+from planish.scheme import Scheme, SchemeMap
+
+TOLERANCE = 1e-2
+PROMPT = "A smith who planishes a sheet of metal strikes it many times, lightly, so that"
+TORCH, TRANSFORMERS = "torch==2.13.0", "transformers==5.23.0"
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Client:
+    """Another toolkit in its environment: what pip installs, one command after another."""
+
+    name: str
+    installs: tuple[tuple[str, ...], ...]
+    reports: tuple[str, ...]
+
+
+# gptqmodel asks for a newer torch than the one pinned, and works with it: so its needs are named one by one
+CLIENTS = {
+    client.name: client
+    for client in (
+        Client("auto-round", (("auto-round==0.16.1", TRANSFORMERS, "accelerate"),), ("auto-round", "transformers")),
+        Client(
+            "gptqmodel",
+            (
+                (TRANSFORMERS, "optimum==2.3.0", "accelerate", "setuptools", "wheel", "ninja", "maturin", "device-smi",
+                 "threadpoolctl", "pypcre", "tokenicer", "logbar", "datasets", "torchao==0.18.0", "defuser",
+                 "protobuf", "pillow", "jinja2", "dill", "requests"),
+                ("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0"),
+            ),
+            ("gptqmodel", "optimum", "transformers"),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    format: str
+    scheme: str
+    client: str
+    route: str
+    dtype: str = "float16"
+    layers: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def __str__(self) -> str:
+        extra = " ".join(["", *self.layers, *(f"-{pattern}" for pattern in self.ignore if pattern != "lm_head")])
+        return f"{self.format} {self.scheme}{extra} by {self.client} ({self.route}, {self.dtype})"
+
+
+CASES = [
+    *(Case("auto_round", scheme, "auto-round", "transformers")
+      for scheme in ("w4g64", "w3g64", "w2g64", "w4g64asym", "w3g64asym", "w2g64asym", "w8g64", "w4pc")),
+    Case("auto_round", "w3g64asym", "auto-round", "transformers", "bfloat16"),
+    Case("auto_round", "w2g64", "auto-round", "transformers", layers=("down_proj=w4g32",), ignore=("lm_head", "k_proj")),
+    Case("gptq", "w4g64", "auto-round", "auto-round-config"),
+    Case("gptq", "w4g64", "gptqmodel", "gptqmodel"),
+    Case("gptq", "w4g64", "gptqmodel", "transformers"),
+    Case("gptq", "w3g64", "gptqmodel", "transformers"),
+    Case("gptq", "w2g64", "gptqmodel", "transformers", ignore=("lm_head", "v_proj")),
+    Case("gptq", "w2g64", "gptqmodel", "gptqmodel", ignore=("lm_head", "v_proj")),
+    Case("gptq_v2", "w4g64asym", "gptqmodel", "gptqmodel"),
+    Case("gptq_v2", "w2g64asym", "gptqmodel", "transformers"),
+]  # fmt: skip
+
+
+class Unavailable(Exception):
+    """A client's environment can't be made here."""
+
+
+def environment(client: Client, root: Path) -> Path:
+    """Python of the client's environment, made if it isn't there yet."""
+    folder = root / client.name
+    python, done = folder / "bin" / "python", folder / "complete"
+    if done.exists():
+        return python
+    print(f"making the environment of {client.name} …", flush=True)
+    venv.create(folder, with_pip=True, clear=True)
+    (folder / "constraints.txt").write_text(TORCH + "\n")
+    for packages in ((TORCH,), *client.installs):
+        command = [python, "-m", "pip", "install", "-q", "-c", folder / "constraints.txt", *packages]
+        result = subprocess.run(command, capture_output=True, text=True, env=None)
+        if result.returncode:
+            raise Unavailable(result.stderr.strip().splitlines()[-1])
+    done.touch()
+    return python
+
+
+def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of packages in another environment."""
+    code = "import sys, importlib.metadata as m; print(*(m.version(name) for name in sys.argv[1:]))"
+    names = ("torch", *names)
+    result = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    return dict(zip(names, result.stdout.split(), strict=True))
+
+
+def quantize(model: nn.Module, schemes: dict[str, Scheme]) -> dict[str, QTensor]:
+    """Round every named linear to nearest."""
+    weights = {name: model.get_submodule(name).weight.detach() for name in schemes}
+    return {name: Quantizer(weights[name], scheme).quantize(weights[name]) for name, scheme in schemes.items()}
+
+
+def write(case: Case, model: nn.Module, out: Path) -> dict[str, QTensor]:
+    """Write the model's checkpoint in the case's format; what was quantized."""
+    shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = SchemeMap.parse(case.scheme, case.layers, case.ignore).resolve(shapes)
+    schemes = {name: chosen.get(name) for name in shapes}
+    known = FORMATS[case.format]
+    verify(known, schemes, shapes)
+    quantized = quantize(model, chosen)
+    config = model.config.to_dict() | {"dtype": case.dtype, "quantization_config": known.config(schemes)}
+    with CheckpointWriter(out) as writer:
+        for name, tensor in model.state_dict().items():
+            layer = name.removesuffix(".weight")
+            if layer in quantized:
+                for key, packed in known.encode(layer, quantized[layer]).items():
+                    writer.add(key, packed)
+            elif not (layer == "lm_head" and model.config.tie_word_embeddings):
+                writer.add(name, tensor)
+        writer.finish(config)
+    return quantized
+
+
+def logits_of(model: nn.Module, quantized: dict[str, QTensor], ids: list[int]) -> Tensor:
+    """Our own logits [tokens, vocabulary]: plain linears with the dequantized weights."""
+    for name, q in quantized.items():
+        linear = model.get_submodule(name)
+        linear.weight.data = q.dequantize(linear.weight.dtype)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+def theirs(python: Path, case: Case, folder: Path, ids: list[int]) -> tuple[Tensor, dict[str, str]]:
+    """The client's logits and what it says of its layers."""
+    prompt, out = folder.parent / "prompt.json", folder.parent / "logits.safetensors"
+    prompt.write_text(json.dumps({"ids": ids, "dtype": case.dtype}))
+    command = [python, HERE / "client.py", case.route, folder, prompt, out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr.strip().splitlines()[-1])
+    with safe_open(out, "pt") as file:
+        return file.get_tensor("logits"), file.metadata()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def run(case: Case, source: str, python: Path) -> dict[str, Any]:
+    """One case's figures."""
+    dtype = getattr(torch, case.dtype)
+    ids = AutoTokenizer.from_pretrained(source)(PROMPT)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    plain = logits_of(model, {}, ids)
+    with tempfile.TemporaryDirectory() as scratch:
+        quantized = write(case, model, Path(scratch) / "model")
+        ours = logits_of(model, quantized, ids)
+        try:
+            logits, said = theirs(python, case, Path(scratch) / "model", ids)
+        except RuntimeError as error:
+            return {"error": str(error).replace(scratch, "")}
+    layers = json.loads(said["layers"])
+    return {
+        "relative": distance(logits, ours),
+        "relative_to_unquantized": distance(ours, plain),
+        "same_top_token": float((logits.argmax(-1) == ours.argmax(-1)).float().mean()),
+        "layers": layers,
+        "all_layers_packed": sum(layers.values()) == len(quantized),
+    }
+
+
+def passed(figures: dict[str, Any]) -> bool:
+    return figures.get("relative", 1.0) <= TOLERANCE and figures["all_layers_packed"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare logits of other toolkits with ours.")
+    parser.add_argument("model", help="folder of an unquantized Hugging Face model whose hidden size 64 divides")
+    parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "planish-interop")
+    parser.add_argument("--results", type=Path, default=Path(f"benchmarks/results/interop-{date.today()}.json"))
+    parser.add_argument("--only", default="", help="run the cases whose description contains this text")
+    return parser.parse_args()
+
+
+def main() -> int:
+    asked = parse()
+    results, found = [], {"torch": torch.__version__, "transformers": version("transformers")}
+    report: dict[str, Any] = {"planish": found, "clients": {}, "unavailable": {}}
+    for case in (case for case in CASES if asked.only in str(case)):
+        if case.client in report["unavailable"]:
+            continue
+        client = CLIENTS[case.client]
+        try:
+            python = environment(client, asked.environments)
+        except Unavailable as error:
+            report["unavailable"][case.client] = str(error)
+            print(f"no {case.client}: {error}")
+            continue
+        report["clients"].setdefault(case.client, versions(python, client.reports))
+        figures = run(case, asked.model, python)
+        results.append({"case": asdict(case), **figures, "passed": passed(figures)})
+        print(f"{'ok  ' if passed(figures) else 'FAIL'} {figures.get('relative', figures.get('error'))!s:.60} {case}", flush=True)
+    heading = {"command": "python tests/interop/run.py MODEL", "model": Path(asked.model).name,
+               "date": str(date.today()), "tolerance": TOLERANCE}
+    asked.results.parent.mkdir(parents=True, exist_ok=True)
+    asked.results.write_text(json.dumps({**heading, **report, "results": results}, indent=1) + "\n")
+    failed = sum(not result["passed"] for result in results)
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return int(failed > 0 or not results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

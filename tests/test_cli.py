@@ -1,0 +1,168 @@
+"""The command line: every verb on a tiny model, and every refusal in one line with exit status 2."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from planish import cli
+from planish.errors import PlanishError
+from planish.log import Event
+
+QUICK = ("--samples", "4", "--seqlen", "16", "--device", "cpu", "--scheme", "w4g32")
+
+
+@pytest.fixture
+def planish(monkeypatch, capsys):
+    """planish("quantize", ...) -> (exit status, stdout, stderr), in this process."""
+
+    def run(*words) -> types.SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["planish", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()  # what making the model printed
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(status=stop.value.code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A smith planishes a sheet of metal with many light blows. " * 40)
+    return path
+
+
+def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
+    model, out = tiny_llama(), tmp_path / "out" / "q4"
+    made = planish("quantize", model, "steps=2", "--out", out, "--data", text, *QUICK,
+                   "--ignore", "layers.0.*o_proj", "--layers", "down_proj=w8g64")
+    assert made.status == 0, made.err
+    assert "13 of 14 linears" in made.out and "bits a weight with embeddings" in made.out
+    assert "signround   2/2   loss " in made.out and " left   peak " in made.out
+    assert f"wrote {out}" in made.out
+    shown = planish("info", out)
+    assert shown.status == 0, shown.err
+    assert "13 of 14 linears are quantized" in shown.out and "made by signround steps=2 of" in shown.out
+    assert "model.layers.*.mlp.down_proj" in shown.out and "w8g64" in shown.out and "16-bit" in shown.out
+    assert "model.layers.1.mlp.up_proj" in planish("info", out, "--linears").out
+    measured = planish("eval", out, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu")
+    assert measured.status == 0, measured.err
+    assert measured.out.startswith("perplexity ") and "the first 2" in measured.out
+    said = planish("generate", out, "A smith", "--tokens", "3", "--device", "cpu")
+    assert said.status == 0 and said.out
+
+
+def test_info_of_a_model_that_is_not_quantized(planish, tiny_llama):
+    shown = planish("info", tiny_llama())
+    assert shown.status == 0, shown.err
+    assert "16.00 bits a weight" in shown.out and "model.layers.*.self_attn.q_proj" in shown.out
+
+
+def test_a_recipe_of_the_users_own(planish, tiny_llama, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("from planish.recipes.rtn import rtn\n\ndef mine(*, search: bool = False):\n"
+                    "    return rtn(search=search)\n")
+    out = tmp_path / "out"
+    made = planish("quantize", tiny_llama(), "--recipe", f"{mine}:mine", "--out", out, *QUICK)
+    assert made.status == 0, made.err
+    assert json.loads((out / "run.json").read_text())["recipe"] == "rtn"
+
+
+def test_fewer_windows_are_said(planish, tiny_llama, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("x" * 100)
+    made = planish("quantize", tiny_llama(), "steps=1", "--out", tmp_path / "q", "--data", short, *QUICK,
+                   "--samples", "50")
+    assert made.status == 0, made.err
+    assert "short.txt holds 6 windows of 16 tokens, not 50: using 6" in made.out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--recipe", "signrond"), "no recipe 'signrond': did you mean 'signround'?"),
+    (("stepps=3",), "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
+    (("steps=many",), "steps='many' isn't a number"),
+    (("steps",), "'steps' isn't KEY=VALUE; write a recipe's key as steps=100"),
+    (("samples=3",), "'samples=3': samples is an option; write --samples 3"),
+    (("--preset", "fats"), "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
+    (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
+    (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
+    (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 8"),
+    (("--scheme", "w4g256"), "group size 256 is larger than its 64 inputs"),
+    (("--format", "gguff"), "no format 'gguff'"),
+    (("--layers", "nothing=w4g32"), "'nothing' matches none of the 14 linears"),
+    (("--ignore", "proj", "--scheme", "w4g32"), "no linear is left to quantize; relax --ignore"),
+    (("--data", "missing.txt", "--scheme", "w4g32"), "no such file: missing.txt"),
+    (("--device", "gpu", "--scheme", "w4g32"), "no device 'gpu'; use cpu, cuda or cuda:1"),
+])
+def test_refusals(planish, tiny_llama, tmp_path, words, message):
+    out = tmp_path / "q"
+    refused = planish("quantize", tiny_llama(), "--out", out, *words)
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.startswith("planish: ") and message in refused.err and refused.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_refusals_of_folders(planish, tiny_llama, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    for words, message in [
+        (("quantize", tmp_path / "nowhere", "--out", tmp_path / "q"), "nowhere"),
+        (("quantize", full, "--out", tmp_path / "q"), "config.json"),
+        (("quantize", tiny_llama(), "--out", full), "isn't empty; choose another folder, or --overwrite"),
+        (("quantize", tiny_llama()), "where to? give a new folder with --out DIR"),
+        (("info", full), "config.json"),
+        (("eval", tmp_path / "nowhere"), "nowhere"),
+        (("generate", tmp_path / "nowhere", "hello"), "nowhere"),
+    ]:
+        refused = planish(*words)
+        assert refused.status == 2 and message in refused.err, (words, refused)
+        assert refused.err.count("\n") == 1 and refused.out == ""
+    assert [file.name for file in full.iterdir()] == ["notes.txt"]
+
+
+def test_bits_are_short_for_a_scheme():
+    assert [cli._scheme(None, bits) for bits in (None, 2, 3, 4, 8)] == [
+        "w4g128", "w2g64", "w3g128", "w4g128", "w8g128"]
+    assert cli._scheme("w3g32asym", None) == "w3g32asym"
+    with pytest.raises(PlanishError):
+        cli._scheme("w4", 4)
+
+
+def test_recipes_are_listed_and_explained(planish):
+    listed = planish("recipes")
+    assert listed.status == 0 and "signround" in listed.out and "rtn" in listed.out
+    one = planish("recipes", "signround")
+    assert "Q = clamp(" in one.out and "steps" in one.out and "200" in one.out and "fast" in one.out
+    assert planish("recipes", "signrund").err == "planish: no recipe 'signrund': did you mean 'signround'?\n"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "recipes", "eval", "generate", "info"])
+def test_help_teaches_by_examples(planish, verb):
+    shown = planish(verb, "--help")
+    assert shown.status == 0 and f"planish {verb} " in shown.out.split("Options")[0].replace("Usage:", "")
+
+
+def test_an_unknown_option_is_a_usage_error(planish):
+    assert planish("quantize", "m", "--stepps", "3").status == 2
+
+
+def test_events(capsys):
+    fitted = {"before": 0.0123, "after": 0.00456, "eta": 3725.0, "peak_bytes": 3 * 2**30}
+    cli.show_event(Event(stage="signround", index=3, total=30, **fitted))
+    cli.show_event(Event(stage="rtn", index=1, total=2, eta=61.0, note="the rate was halved"))
+    cli.show_event(Event(stage="data", index=0, total=30, note="using 3"))
+    assert capsys.readouterr().out.splitlines() == [
+        "signround   3/30   loss 1.230e-02 -> 4.560e-03   1:02:05 left   peak 3.00 GiB",
+        "    the rate was halved", "rtn   1/2   1:01 left", "    using 3"]
+
+
+def test_module_and_command_are_one():
+    shown = subprocess.run([sys.executable, "-m", "planish", "recipes", "signrond"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == "planish: no recipe 'signrond': did you mean 'signround'?\n"

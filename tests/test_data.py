@@ -1,0 +1,173 @@
+"""Text to tokens to windows: nothing dropped, nothing overlapping, nothing silent, every refusal by name."""
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from planish import data, embedded
+from planish.errors import PlanishError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_short_documents_are_packed_not_dropped(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}, {"text": "three"}])
+    assert tokenizer.decode(data.tokens(tokenizer, path)) == "one\n\ntwo\n\nthree"
+
+
+def test_jsonl_field_by_name_and_unusual_line_ends(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "a\u2028b"}, {"body": "c"}])
+    assert tokenizer.decode(data.tokens(tokenizer, f"{path}#body")) == "a\u2028b\n\nc"
+
+
+def test_windows_do_not_overlap_and_follow_the_seed(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(32 + i % 90 for i in range(1000)))
+    ids = data.tokens(tokenizer, path)
+    everything, note = data.windows(tokenizer, path, 62, 16, seed=3)
+    assert note == "" and everything.shape == (62, 16) and everything.dtype == torch.int64
+    in_order = ids[: 62 * 16].view(62, 16)
+    assert sorted(map(tuple, everything.tolist())) == sorted(map(tuple, in_order.tolist()))
+    assert not torch.equal(everything, in_order)
+    assert torch.equal(everything, data.windows(tokenizer, path, 62, 16, seed=3)[0])
+    assert not torch.equal(everything, data.windows(tokenizer, path, 62, 16, seed=4)[0])
+    assert torch.equal(everything[:5], data.windows(tokenizer, path, 5, 16, seed=3)[0])
+
+
+def test_fewer_windows_are_used_and_said(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 100)
+    got, note = data.windows(tokenizer, path, 128, 32)
+    assert got.shape == (3, 32)
+    assert note == f"{path} holds 3 windows of 32 tokens, not 128: using 3"
+
+
+def test_ready_windows_pass_through(tokenizer):
+    ready = torch.arange(40).view(5, 8)
+    got, note = data.windows(None, ready, 3, 8)
+    assert torch.equal(got, ready[:3]) and note == ""
+    _, note = data.windows(None, ready, 9, 8)
+    assert note == "the given tensor holds 5 windows of 8 tokens, not 9: using 5"
+    with pytest.raises(PlanishError, match=r"torch.int64 \[5, 8\], not int64 \[n, 16\]"):
+        data.windows(None, ready, 3, 16)
+    with pytest.raises(PlanishError, match="torch.float32"):
+        data.windows(None, ready.float(), 3, 8)
+
+
+def test_hash_is_of_the_ids_alone():
+    ids = torch.arange(12)
+    assert data.sha256(ids) == data.sha256(ids.view(3, 4)) == data.sha256(ids.to(torch.int32))
+    assert data.sha256(ids) != data.sha256(ids + 1)
+
+
+def test_rows_of_raw_files_are_joined(tmp_path, tokenizer):
+    path = tmp_path / "wiki.raw"
+    path.write_text(" \n = Title = \n \n A line . \n")
+    assert data.join_rows(path.read_text()) == "\n\n = Title = \n\n\n\n\n A line . \n"
+    assert tokenizer.decode(data.tokens(tokenizer, path)) == "\n\n = Title = \n\n\n\n\n A line . \n"
+
+
+@pytest.mark.shared
+def test_wikitext_protocol():
+    path = SHARED / "data/wikitext2/wiki.test.raw"
+    if not path.is_file():
+        pytest.skip("no WikiText-2 beside the repository")
+    (text,) = data.documents(path)
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert text == "\n\n".join(row if row.strip() else "" for row in rows)
+    assert len(text) == 1_294_336
+
+
+def test_embedded_texts_suffice_and_are_disjoint():
+    calibration, evaluation = "\n".join(embedded.calibration()), "\n".join(embedded.evaluation())
+    # a byte-level BPE has at most some 5 characters a token on such prose
+    assert len(calibration) > 5 * 128 * 512 and len(evaluation) > 5 * 32 * 512
+    read = set(evaluation.split("\n"))
+    assert [line for line in calibration.split("\n") if len(line) > 40 and line in read] == []
+
+
+def test_embedded_texts_come_in_the_same_order_each_time():
+    assert embedded.calibration() == embedded.calibration()
+    assert list(embedded.MODULES) == sorted(set(embedded.MODULES))
+
+
+def test_hub_data_sets_are_read_as_far_as_needed(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked, read = [], []
+
+    def rows():
+        for number in range(10_000):
+            read.append(number)
+            yield {"body": "0123456789"}
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        return rows()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    got, note = data.windows(tokenizer, "someone/corpus:en@train[:1%]#body", 4, 25)
+    assert asked == [("someone/corpus", "en", "train[:1%]", True)]
+    assert got.shape == (4, 25) and note == "" and 100 < len(read) < 1000
+
+
+def refuse_datasets(name, *args, **kwargs):
+    if name == "datasets":
+        raise ImportError(name)
+    return real_import(name, *args, **kwargs)
+
+
+real_import = builtins.__import__
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("missing.txt", "no such file: missing.txt"),
+    ("./missing", "no such file: ./missing"),
+    ("wikitext", r"no such file: wikitext; .* pip install 'planish\[hub\]'"),
+    ("what is this?", r"no such file, and no name of a data set: what is this\?"),
+])
+def test_sources_that_are_not_there(tokenizer, monkeypatch, source, message):
+    monkeypatch.setattr(builtins, "__import__", refuse_datasets)
+    with pytest.raises(PlanishError, match=message):
+        data.tokens(tokenizer, source)
+
+
+def test_texts_that_cannot_be_used(tmp_path, tokenizer):
+    short, empty, latin = tmp_path / "short.txt", tmp_path / "empty.txt", tmp_path / "latin.txt"
+    short.write_text("too short")
+    empty.write_text(" \n")
+    latin.write_bytes(b"caf\xe9")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"body": "x"}])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": ')
+    for source, message in [
+        (short, "short.txt has 9 tokens, less than one window of 32; give a longer text"),
+        (empty, "holds no text"),
+        (latin, "can't be read as UTF-8"),
+        (rows, r"rows.jsonl line 1 has no text 'text' \(it has: body\)"),
+        (broken, "broken.jsonl line 2 isn't JSON"),
+        (tmp_path, "is a folder"),
+    ]:
+        with pytest.raises(PlanishError, match=message):
+            data.windows(tokenizer, source, 4, 32)
+    with pytest.raises(PlanishError, match="0 samples of 32 tokens"):
+        data.windows(tokenizer, short, 0, 32)
