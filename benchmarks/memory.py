@@ -25,9 +25,16 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-CONFIG = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-          "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
-          "tie_word_embeddings": False, "dtype": "bfloat16"}
+CONFIG = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 ARGUMENTS = "-m planish quantize MODEL --recipe rtn --scheme w4g128 --out OUT"
 FIELDS = ("Rss", "Private_Clean", "Private_Dirty", "Anonymous")
 RESULTS = Path(__file__).parent / "results"
@@ -104,10 +111,19 @@ def main() -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     date = datetime.date.today().isoformat()
-    result = {"command": f"python {ARGUMENTS}", "date": date, "model_gb": round(size / 1e9, 3),
-              "written_gb": round(written / 1e9, 3), "limit_gb": options.limit_gb, **figures,
-              "platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version(),
-              "torch": torch.__version__, "transformers": transformers.__version__}
+    result = {
+        "command": f"python {ARGUMENTS}",
+        "date": date,
+        "model_gb": round(size / 1e9, 3),
+        "written_gb": round(written / 1e9, 3),
+        "limit_gb": options.limit_gb,
+        **figures,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")
     RESULTS.mkdir(exist_ok=True)

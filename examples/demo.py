@@ -28,23 +28,23 @@ class Size:
     """How much is done.
 
     Args:
-        schemes: widths to show.
-        fit: keys of SignRound and of its calibration.
+        steps: SignRound's steps for each width; fewer bits need more.
+        samples, context: windows of the calibration text and their tokens.
         windows, seqlen: of the perplexity.
         new_tokens: of a sample.
     """
 
-    schemes: tuple[str, ...]
-    fit: dict[str, int]
+    steps: dict[str, int]
+    samples: int
+    context: int
     windows: int
     seqlen: int
     new_tokens: int
 
 
-FULL = Size(schemes=("w4g64", "w3g64", "w2g64"), fit={"samples": 48, "seqlen": 128, "steps": 40},
-            windows=16, seqlen=256, new_tokens=32)
-TINY = Size(schemes=("w2g64",), fit={"samples": 10, "seqlen": 32, "steps": 2},
-            windows=2, seqlen=64, new_tokens=4)
+FULL = Size(steps={"w4g64": 10, "w3g64": 20, "w2g64": 40}, samples=128, context=64, windows=16, seqlen=256,
+            new_tokens=32)
+TINY = Size(steps={"w2g64": 2}, samples=10, context=32, windows=2, seqlen=64, new_tokens=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ def main() -> None:
     size = TINY if args.tiny else FULL
     start = time.perf_counter()
     folders = {"16-bit": args.model}
-    for scheme in size.schemes:
-        for recipe, keys in (("rtn", {}), ("signround", size.fit)):
+    for scheme, steps in size.steps.items():
+        fit = {"steps": steps, "samples": size.samples, "seqlen": size.context}
+        for recipe, keys in (("rtn", {}), ("signround", fit)):
             folder = args.out / f"{scheme}-{recipe}"
             print(f"\n{scheme} {recipe} -> {folder}", flush=True)
             planish.quantize_to(args.model, folder, recipe, scheme, overwrite=True, progress=show, **keys)

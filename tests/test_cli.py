@@ -60,7 +60,7 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
 def test_info_of_a_model_that_is_not_quantized(planish, tiny_llama):
     shown = planish("info", tiny_llama())
     assert shown.status == 0, shown.err
-    assert "16.00 bits a weight" in shown.out and "model.layers.*.self_attn.q_proj" in shown.out
+    assert "bits a weight with embeddings" in shown.out and "model.layers.*.self_attn.q_proj" in shown.out
 
 
 def test_a_recipe_of_the_users_own(planish, tiny_llama, tmp_path):
@@ -124,6 +124,16 @@ def test_refusals_of_folders(planish, tiny_llama, tmp_path):
         assert refused.status == 2 and message in refused.err, (words, refused)
         assert refused.err.count("\n") == 1 and refused.out == ""
     assert [file.name for file in full.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_without_a_tokenizer(planish, tiny_llama):
+    folder = tiny_llama()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused = planish("generate", folder, "hello", "--device", "cpu")
+    assert refused.status == 2 and "has no tokenizer; copy the tokenizer files" in refused.err
+    refused = planish("eval", folder, "--device", "cpu")
+    assert refused.status == 2 and "no tokenizer in" in refused.err
 
 
 def test_bits_are_short_for_a_scheme():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from planish import data, embedded
 from planish.errors import PlanishError
@@ -88,7 +88,7 @@ def test_rows_of_raw_files_are_joined(tmp_path, tokenizer):
 
 
 @pytest.mark.shared
-def test_wikitext_protocol():
+def test_wikitext_protocol(smollm2):
     path = SHARED / "data/wikitext2/wiki.test.raw"
     if not path.is_file():
         pytest.skip("no WikiText-2 beside the repository")
@@ -96,19 +96,17 @@ def test_wikitext_protocol():
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
     assert text == "\n\n".join(row if row.strip() else "" for row in rows)
     assert len(text) == 1_294_336
+    ids = data.tokens(AutoTokenizer.from_pretrained(smollm2), path)
+    assert len(ids) == 304_978 and len(data.split(ids, 2048)) == 148
 
 
 def test_embedded_texts_suffice_and_are_disjoint():
+    assert list(embedded.MODULES) == sorted(set(embedded.MODULES))
     calibration, evaluation = "\n".join(embedded.calibration()), "\n".join(embedded.evaluation())
     # a byte-level BPE has at most some 5 characters a token on such prose
     assert len(calibration) > 5 * 128 * 512 and len(evaluation) > 5 * 32 * 512
     read = set(evaluation.split("\n"))
     assert [line for line in calibration.split("\n") if len(line) > 40 and line in read] == []
-
-
-def test_embedded_texts_come_in_the_same_order_each_time():
-    assert embedded.calibration() == embedded.calibration()
-    assert list(embedded.MODULES) == sorted(set(embedded.MODULES))
 
 
 def test_hub_data_sets_are_read_as_far_as_needed(tokenizer, monkeypatch):

@@ -62,17 +62,30 @@ class Resolved:
         """Lines for a user: recipe, scheme, how many of how many linears, bits a weight, what is padded."""
         keys = " ".join(f"{key}={value}" for key, value in self.keys.items())
         padded = [n for n, s in self.schemes.items() if self.shapes[n][1] % s.group_in(self.shapes[n][1])]
-        lines = [f"{self.source.label}: {self.recipe.name} {keys}".rstrip(),
-                 f"scheme {self.scheme_text}, format {self.format.name}: {len(self.schemes)} of {len(self.shapes)} linears, "
-                 f"{bits_per_weight(self.schemes, self.shapes, self.parameters):.2f} bits a weight with embeddings"]
+        lines = [
+            f"{self.source.label}: {self.recipe.name} {keys}".rstrip(),
+            f"scheme {self.scheme_text}, format {self.format.name}: {len(self.schemes)} of {len(self.shapes)} linears, "
+            f"{bits_per_weight(self.schemes, self.shapes, self.parameters):.2f} bits a weight with embeddings",
+        ]
         if padded:
             lines.append(f"the last group of a row is shorter in {len(padded)} linears, such as {padded[0]}")
         return lines
 
 
-def resolve(model: ModelLike, recipe: str = "signround", scheme: str = "w4g128", *, layers: Iterable[str] = (),
-            ignore: Iterable[str] = (), preset: str | None = None, revision: str | None = None, format: str = "auto",
-            samples: int | None = None, seqlen: int | None = None, **keys: Any) -> Resolved:
+def resolve(
+    model: ModelLike,
+    recipe: str = "signround",
+    scheme: str = "w4g128",
+    *,
+    layers: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    preset: str | None = None,
+    revision: str | None = None,
+    format: str = "auto",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    **keys: Any,
+) -> Resolved:
     """Check a request and say what it comes to; reads headers, no weights.
 
     Args as of `quantize`.
@@ -95,15 +108,34 @@ def resolve(model: ModelLike, recipe: str = "signround", scheme: str = "w4g128",
     verify_schemes(chosen, every, shapes)
     own, _ = split_preset(recipe, preset)
     return Resolved(
-        source=source, recipe=built, keys={**own, **keys}, schemes=schemes, scheme_text=str(scheme_map), shapes=shapes,
-        parameters=sum(p.numel() for p in skeleton.parameters()), arch=arch, format=chosen,
-        samples=samples or about_data.get("samples", SAMPLES), seqlen=seqlen or about_data.get("seqlen", SEQLEN))
+        source=source,
+        recipe=built,
+        keys={**own, **keys},
+        schemes=schemes,
+        scheme_text=str(scheme_map),
+        shapes=shapes,
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        arch=arch,
+        format=chosen,
+        samples=samples or about_data.get("samples", SAMPLES),
+        seqlen=seqlen or about_data.get("seqlen", SEQLEN),
+    )
 
 
-def quantize(model: ModelLike, recipe: str = "signround", scheme: str = "w4g128", *, data: str | Path | Tensor = "embedded",
-             device: str | torch.device | None = None, batch_size: int | None = None, seed: int = 0,
-             storage: str = "auto", progress: Progress | None = None, tokenizer: Any = None, **request: Any
-             ) -> PreTrainedModel:
+def quantize(
+    model: ModelLike,
+    recipe: str = "signround",
+    scheme: str = "w4g128",
+    *,
+    data: str | Path | Tensor = "embedded",
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    storage: str = "auto",
+    progress: Progress | None = None,
+    tokenizer: Any = None,
+    **request: Any,
+) -> PreTrainedModel:
     """Quantize a model; the result is an ordinary transformers model whose linears are packed.
 
     Args:
@@ -129,11 +161,23 @@ def quantize(model: ModelLike, recipe: str = "signround", scheme: str = "w4g128"
     return assemble(resolved.source, found.items(), run.device, run.dtype)
 
 
-def quantize_to(model: ModelLike, out: str | os.PathLike[str], recipe: str = "signround", scheme: str = "w4g128", *,
-                data: str | Path | Tensor = "embedded", device: str | torch.device | None = None,
-                batch_size: int | None = None, seed: int = 0, storage: str = "auto", overwrite: bool = False,
-                progress: Progress | None = None, tokenizer: Any = None,
-                announce: Callable[[Resolved], None] | None = None, **request: Any) -> RunManifest:
+def quantize_to(
+    model: ModelLike,
+    out: str | os.PathLike[str],
+    recipe: str = "signround",
+    scheme: str = "w4g128",
+    *,
+    data: str | Path | Tensor = "embedded",
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    storage: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    tokenizer: Any = None,
+    announce: Callable[[Resolved], None] | None = None,
+    **request: Any,
+) -> RunManifest:
     """Quantize into a folder, block by block; the model is never in memory as a whole.
 
     The folder gets its name only when it is complete and was read back, every code, scale and zero equal.
@@ -172,24 +216,58 @@ def quantize_to(model: ModelLike, out: str | os.PathLike[str], recipe: str = "si
     return manifest
 
 
-def _prepare(resolved: Resolved, data: str | Path | Tensor, device: str | torch.device | None, batch_size: int | None,
-             seed: int, storage: str, progress: Progress | None, tokenizer: Any) -> Run:
-    return Run(source=resolved.source, arch=resolved.arch, recipe=resolved.recipe, schemes=resolved.schemes,
-               device=compute_device(device), micro_batch=batch_size or 8, seed=seed, storage=storage, progress=progress,
-               data=data, samples=resolved.samples, seqlen=resolved.seqlen,
-               tokenizer=tokenizer or resolved.source.tokenizer())
+def _prepare(
+    resolved: Resolved,
+    data: str | Path | Tensor,
+    device: str | torch.device | None,
+    batch_size: int | None,
+    seed: int,
+    storage: str,
+    progress: Progress | None,
+    tokenizer: Any,
+) -> Run:
+    return Run(
+        source=resolved.source,
+        arch=resolved.arch,
+        recipe=resolved.recipe,
+        schemes=resolved.schemes,
+        device=compute_device(device),
+        micro_batch=batch_size or 8,
+        seed=seed,
+        storage=storage,
+        progress=progress,
+        data=data,
+        samples=resolved.samples,
+        seqlen=resolved.seqlen,
+        tokenizer=tokenizer or resolved.source.tokenizer(),
+    )
 
 
 def _manifest(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunManifest:
     return RunManifest(
-        model=resolved.source.label, recipe=resolved.recipe.name, keys=resolved.keys, scheme=resolved.scheme_text,
-        layers={name: str(scheme) for name, scheme in resolved.schemes.items()}, format=resolved.format.name,
-        data=run.data_name, data_sha256=run.data_sha256, samples=0 if run.ids is None else len(run.ids),
-        seqlen=resolved.seqlen, seed=run.seed, versions=versions(), figures=figures)
+        model=resolved.source.label,
+        recipe=resolved.recipe.name,
+        keys=resolved.keys,
+        scheme=resolved.scheme_text,
+        layers={name: str(scheme) for name, scheme in resolved.schemes.items()},
+        format=resolved.format.name,
+        data=run.data_name,
+        data_sha256=run.data_sha256,
+        samples=0 if run.ids is None else len(run.ids),
+        seqlen=resolved.seqlen,
+        seed=run.seed,
+        versions=versions(),
+        figures=figures,
+    )
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-         revision: str | None = None) -> PreTrainedModel:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
     """A model from a folder or hub id, quantized in any of `planish.formats.FORMATS` or not at all.
 
     Args:
@@ -207,8 +285,14 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
     return assemble(folder.source, folder.layers(), where, dtype or folder.source.dtype)
 
 
-def save(model: PreTrainedModel, out: str | os.PathLike[str], *, format: str = "auto", overwrite: bool = False,
-         tokenizer: Any = None) -> Path:
+def save(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    overwrite: bool = False,
+    tokenizer: Any = None,
+) -> Path:
     """Write a quantized model (of `quantize` or `load`) as a folder that others load too.
 
     Raises:
@@ -218,8 +302,11 @@ def save(model: PreTrainedModel, out: str | os.PathLike[str], *, format: str = "
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
         raise PlanishError("the model has no quantized layer; use save_pretrained() for a 16-bit one")
-    shapes = {name: (module.out_features, module.in_features) for name, module in model.named_modules()
-              if isinstance(module, PackedLinear | nn.Linear) and module is not model.get_output_embeddings()}
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear | nn.Linear) and module is not model.get_output_embeddings()
+    }
     schemes = {name: packed[name].qtensor().scheme if name in packed else None for name in shapes}
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
@@ -235,9 +322,11 @@ def save(model: PreTrainedModel, out: str | os.PathLike[str], *, format: str = "
         for key, tensor in plain_tensors(model):
             writer.add(key, tensor)
         tokenizer = tokenizer or tokenizer_of(model)
-        return writer.finish(config_of(model, chosen.config(schemes)), side_files(None, tokenizer),
-                             verify=lambda folder: verify_folder(folder, digests))
-
+        return writer.finish(
+            config_of(model, chosen.config(schemes)),
+            side_files(None, tokenizer),
+            verify=lambda folder: verify_folder(folder, digests),
+        )
 
 
 def info(path: str | os.PathLike[str]) -> "Info":
@@ -250,9 +339,13 @@ def info(path: str | os.PathLike[str]) -> "Info":
     source = folder.source if folder else open_source(path)
     skeleton = source.skeleton()
     shapes = linears(discover(skeleton), skeleton)
-    return Info(source=source, shapes=shapes, schemes=folder.schemes if folder else {},
-                format=folder.format.name if folder else "16-bit",
-                manifest=RunManifest.read(source.folder) if source.folder else None)
+    return Info(
+        source=source,
+        shapes=shapes,
+        schemes=folder.schemes if folder else {},
+        format=folder.format.name if folder else "16-bit",
+        manifest=RunManifest.read(source.folder) if source.folder else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,15 +362,21 @@ class Info:
         """Lines for a user; with `linears` one for each linear."""
         model = self.source.skeleton()
         count = sum(p.numel() for p in model.parameters())
-        lines = [f"{self.source.label}: {type(model).__name__}, {count / 1e6:.1f} M parameters, format {self.format}",
-                 f"{len(self.schemes)} of {len(self.shapes)} linears quantized: "
-                 + (", ".join(f"{n} x {s}" for s, n in Counter(map(str, self.schemes.values())).most_common()) or "none"),
-                 f"{bits_per_weight(self.schemes, self.shapes, count):.2f} bits a weight with embeddings"]
+        lines = [
+            f"{self.source.label}: {type(model).__name__}, {count / 1e6:.1f} M parameters, format {self.format}",
+            f"{len(self.schemes)} of {len(self.shapes)} linears quantized: "
+            + (", ".join(f"{n} x {s}" for s, n in Counter(map(str, self.schemes.values())).most_common()) or "none"),
+            f"{bits_per_weight(self.schemes, self.shapes, count):.2f} bits a weight with embeddings",
+        ]
         if self.manifest:
             run = self.manifest
             keys = " ".join(f"{key}={value}" for key, value in run.keys.items())
-            lines.append(f"made by {run.recipe} {keys} from {run.model} on {run.data}, "
-                         f"{run.samples} x {run.seqlen} tokens, seed {run.seed}")
+            lines.append(
+                f"made by {run.recipe} {keys} from {run.model} on {run.data}, "
+                f"{run.samples} x {run.seqlen} tokens, seed {run.seed}"
+            )
         if linears:
-            lines += [f"  {name}  {list(shape)}  {self.schemes.get(name, '16-bit')}" for name, shape in self.shapes.items()]
+            lines += [
+                f"  {name}  {list(shape)}  {self.schemes.get(name, '16-bit')}" for name, shape in self.shapes.items()
+            ]
         return lines

@@ -177,18 +177,20 @@ def generate(
       planish generate q4 --raw --tokens 20 "The capital of France is"
     """
     import torch
-    import transformers
 
     import planish
+    from planish.folder import tokenizer_of
 
-    loaded = planish.load(folder, device=device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded: Any = planish.load(folder, device=device)
+    tokenizer = tokenizer_of(loaded)
+    if tokenizer is None:
+        raise PlanishError(f"{folder} has no tokenizer; copy the tokenizer files of the original model into it")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = prompt_ids(tokenizer, prompt, raw=raw).to(loaded.device)
     with torch.no_grad():
         output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling)
-    _say(str(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)))
+    _say(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True))
 
 
 @app.command(no_args_is_help=True)
@@ -298,7 +300,7 @@ def _show_recipe(facts: dict[str, Any]) -> None:
 
 def _show_linears(shapes: dict[str, tuple[int, int]], schemes: dict[str, str], every: bool) -> None:
     """Linears by name, or those that are alike but for the block's number in one row."""
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, str, str], int] = {}
     for name, (out_features, in_features) in shapes.items():
         shown = name if every else re.sub(r"\.\d+\.", ".*.", name, count=1)
         row = (shown, f"{out_features} x {in_features}", schemes[name])

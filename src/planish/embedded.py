@@ -10,6 +10,7 @@ This file knows nothing of tokens or models.
 
 import ast
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from planish.errors import PlanishError
@@ -65,10 +66,12 @@ def _docstrings(library: Path, name: str) -> list[str]:
     for file in files:
         if file.is_file():
             found += _docstrings_of(ast.parse(file.read_bytes()))
-    return found
+    return [text for text in found if len(text) >= MIN_CHARACTERS]
 
 
-def _docstrings_of(tree: ast.Module) -> list[str]:
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, owners)]
-    return [text for text in texts if len(text) >= MIN_CHARACTERS]
+def _docstrings_of(owner: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Of a module, class or function and of those right inside it, in the order of the source."""
+    yield ast.get_docstring(owner) or ""
+    for node in owner.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings_of(node)

@@ -26,8 +26,17 @@ from planish.qtensor import QTensor
 from planish.scheme import Scheme
 from planish.source import FolderSource, Source, find_folder
 
-SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-              "chat_template*", "generation_config.json", "*processor_config.json")
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +78,9 @@ class QuantizedFolder:
             yield name, self.format.decode(name, tensors, scheme, self.shapes[name])
 
 
-def assemble(source: Source, layers: Iterable[tuple[str, QTensor]], device: torch.device, dtype: torch.dtype
-             ) -> PreTrainedModel:
+def assemble(
+    source: Source, layers: Iterable[tuple[str, QTensor]], device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """The source's model with the given linears packed and all else in `dtype`, on the device."""
     model = source.skeleton()
     for name, quantized in layers:
@@ -99,7 +109,9 @@ def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
     read = {} if written is None else {name: quantized.digest() for name, quantized in written.layers()}
     for name in sorted(digests.keys() | read.keys()):
         if digests.get(name) != read.get(name):
-            raise PlanishError(f"{name} was read back different from what was written; the disk or memory may be faulty")
+            raise PlanishError(
+                f"{name} was read back different from what was written; the disk or memory may be faulty"
+            )
 
 
 def plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -12,8 +12,11 @@ Shapes: a weight [out, in] is seen as groups [out, G, g], padded with zeros at t
 g doesn't divide `in`; grids (scale, zero, offset) are [out, G, 1] beside it.
 """
 
+import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +66,8 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
-        move = {name: getattr(self, name) for name in ("codes", "scale", "zero", "offset")}
-        moved = {name: None if value is None else value.to(device) for name, value in move.items()}
-        return QTensor(**moved, bits=self.bits, group_size=self.group_size)
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("codes", "scale", "zero", "offset")}
+        return dataclasses.replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_hat [out, in] in `dtype`, computed in fp32 and rounded once."""
@@ -134,8 +136,9 @@ def _(scale: Tensor) -> Tensor:
 store.register_autograd(lambda ctx, grad: grad)
 
 
-def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, rounding: Tensor | None = None,
-           offset: Tensor | None = None) -> Tensor:
+def encode(
+    weight: Tensor, scale: Tensor, zero: Tensor, bits: int, rounding: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     """Codes of a weight, as fp32 integers in [0, 2^bits - 1].
 
     Args:
@@ -160,8 +163,9 @@ def _rounded(weight: Tensor, scale: Tensor, rounding: Tensor | None, offset: Ten
 
 
 @torch.library.custom_op("planish::fake_quantize", mutates_args=())
-def fake_quantize(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int,
-                  dtype: torch.dtype) -> Tensor:
+def fake_quantize(
+    weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
     """decode(encode(weight)), rounded once to `dtype`, with straight-through gradients.
 
     Round is passed straight through, the clamp is hard: dW and dV are zero where a code was clamped. The
@@ -179,14 +183,14 @@ def fake_quantize(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: 
 
 
 @fake_quantize.register_fake
-def _(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int,
-      dtype: torch.dtype) -> Tensor:
+def _(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
 @torch.library.custom_op("planish::fake_quantize_backward", mutates_args=())
-def fake_quantize_backward(grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor,
-                           bits: int, need_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_quantize_backward(
+    grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dW, dV, ds, dz), all fp32; an empty tensor stands for one that isn't asked for."""
     grad = grad.float()
     shifted = _rounded(weight, scale, rounding, None) + zero
@@ -195,17 +199,23 @@ def fake_quantize_backward(grad: Tensor, weight: Tensor, rounding: Tensor | None
     passed = grad * inside
     grad_scale = (grad * (codes - zero) - passed * (weight.float() / scale)).sum(-1, keepdim=True)
     grad_zero = ((passed - grad) * scale).sum(-1, keepdim=True)
-    none = grad.new_empty(0)
-    grad_rounding = none if rounding is None else passed * scale
-    return passed if need_weight else none, grad_rounding, grad_scale, grad_zero
+    # two empty tensors, since results of an op may not be one another
+    grad_weight = passed if need_weight else grad.new_empty(0)
+    grad_rounding = grad.new_empty(0) if rounding is None else passed * scale
+    return grad_weight, grad_rounding, grad_scale, grad_zero
 
 
 @fake_quantize_backward.register_fake
-def _(grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int,
-      need_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    full, none = torch.empty_like(weight, dtype=torch.float32), scale.new_empty(0)
-    return (full if need_weight else none, none if rounding is None else torch.empty_like(full),
-            torch.empty_like(scale), torch.empty_like(zero))
+def _(
+    grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    full = functools.partial(torch.empty_like, weight, dtype=torch.float32)
+    return (
+        full() if need_weight else scale.new_empty(0),
+        scale.new_empty(0) if rounding is None else full(),
+        torch.empty_like(scale),
+        torch.empty_like(zero),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

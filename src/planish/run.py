@@ -78,14 +78,26 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         stream = self._stream() if self.ids is not None else None
         (stage,) = self.recipe.stages
-        job = Job(stage=stage, blocks=self, schemes=self.schemes, stream=stream, sink=sink, device=self.device,
-                  micro_batch=self.micro_batch, seed=self.seed)
+        job = Job(
+            stage=stage,
+            blocks=self,
+            schemes=self.schemes,
+            stream=stream,
+            sink=sink,
+            device=self.device,
+            micro_batch=self.micro_batch,
+            seed=self.seed,
+            clock=clock,
+        )
         if stage.fit is not None and self.device.type == "cuda":
             job = trial(job)
         outcomes = run_stage(job, self.progress)
-        return {"seconds": round(clock.seconds, 2), "peak_bytes": peak_bytes(self.device),
-                "losses": [[outcome.before, outcome.after] for outcome in outcomes],
-                "notes": [note for outcome in outcomes for note in outcome.notes]}
+        return {
+            "seconds": round(clock.seconds, 2),
+            "peak_bytes": peak_bytes(self.device),
+            "losses": [[outcome.before, outcome.after] for outcome in outcomes],
+            "notes": [note for outcome in outcomes for note in outcome.notes],
+        }
 
     def _stream(self) -> BlockStream:
         assert self.ids is not None
@@ -96,8 +108,9 @@ class Run:
         decoder = model.get_submodule(self.arch.blocks.rpartition(".")[0])
         blocks = model.get_submodule(self.arch.blocks)
         assert isinstance(blocks, nn.ModuleList)
-        stream = BlockStream(decoder, blocks, self.ids, device=self.device, storage=self.storage,
-                             micro_batch=self.micro_batch)
+        stream = BlockStream(
+            decoder, blocks, self.ids, device=self.device, storage=self.storage, micro_batch=self.micro_batch
+        )
         for name in outside:
             self.source.unload(model.get_submodule(name))
         return stream

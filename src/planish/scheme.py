@@ -29,7 +29,7 @@ class Scheme:
 
     Args:
         bits: bits of a code, one of 2, 3, 4, 8.
-        group_size: inputs that share a scale, a multiple of 8; None is the whole row (one scale for each output channel).
+        group_size: inputs that share a scale, a multiple of 8; None is the whole row (one scale a channel).
         symmetric: True has a signed scale and the constant zero point 2^(bits-1); False stores an
             integer zero point for each group.
     """
@@ -42,7 +42,9 @@ class Scheme:
         if self.bits not in BITS:
             raise PlanishError(f"{self.bits} bits aren't supported; use one of {', '.join(map(str, BITS))}")
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
-            raise PlanishError(f"group size {self.group_size} isn't supported; use a multiple of 8, such as 32, 64 or 128")
+            raise PlanishError(
+                f"group size {self.group_size} isn't supported; use a multiple of 8, such as 32, 64 or 128"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -55,7 +57,9 @@ class Scheme:
         if match is None:
             raise PlanishError(f"no scheme {text!r}; write it as w4g128, w2g64asym, w3pc or W4A16")
         if match["act"] not in (None, "16"):
-            raise PlanishError(f"scheme {text!r}: activations of {match['act']} bits aren't supported yet; drop 'a{match['act']}'")
+            raise PlanishError(
+                f"scheme {text!r}: activations of {match['act']} bits aren't supported yet; drop 'a{match['act']}'"
+            )
         group = None if match["pc"] else int(match["group"] or DEFAULT_GROUP)
         return cls(bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym")
 
@@ -122,7 +126,9 @@ class SchemeMap:
         """
         for pattern, _ in self.rules:
             if not any(re.search(pattern, name) for name in shapes):
-                raise PlanishError(f"{pattern!r} matches none of the {len(shapes)} linears; `planish info` lists their names")
+                raise PlanishError(
+                    f"{pattern!r} matches none of the {len(shapes)} linears; `planish info` lists their names"
+                )
         chosen = {name: scheme for name in shapes if (scheme := self[name]) is not None}
         if not chosen:
             raise PlanishError("no linear is left to quantize; relax --ignore")

@@ -29,7 +29,9 @@ class _Recorder(nn.Module):
 
     def __init__(self, block: nn.Module, last: bool) -> None:
         super().__init__()
-        self.last, self.hidden, self.arguments = last, None, {}
+        self.last = last
+        self.hidden: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
         self.__dict__["block"] = block
 
     def __getattr__(self, name: str) -> Any:
@@ -41,15 +43,19 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise PlanishError(f"{type(self.block).__name__} takes positional arguments besides its hidden states; "
-                               "such models aren't supported")
+            raise PlanishError(
+                f"{type(self.block).__name__} takes positional arguments besides its hidden states; "
+                "such models aren't supported"
+            )
         self.hidden, self.arguments = hidden, kwargs
         if self.last:
             raise _Reached
         return hidden
 
 
-def record(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, every_block: bool) -> tuple[Tensor, list[dict]]:
+def record(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, every_block: bool
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """Hidden states before block 0, and the arguments of the blocks (of block 0 alone, or of every one)."""
     original = list(blocks)
     recorders = [_Recorder(block, i == len(original) - 1 or not every_block) for i, block in enumerate(original)]
@@ -63,7 +69,9 @@ def record(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, every_block: bo
     finally:
         for i, block in enumerate(original):
             blocks[i] = block
-    return recorders[0].hidden, [recorder.arguments for recorder in recorders]
+    hidden = recorders[0].hidden
+    assert hidden is not None
+    return hidden, [recorder.arguments for recorder in recorders]
 
 
 class BlockStream:
@@ -78,8 +86,17 @@ class BlockStream:
         micro_batch: samples in one forward pass.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, device: torch.device,
-                 storage: str = "auto", micro_batch: int = 8, directory: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        ids: Tensor,
+        *,
+        device: torch.device,
+        storage: str = "auto",
+        micro_batch: int = 8,
+        directory: str | None = None,
+    ) -> None:
         if storage not in STORAGES:
             raise PlanishError(f"no storage {storage!r}; use one of {', '.join(STORAGES)}")
         self.device, self.micro_batch, self._directory = device, micro_batch, directory
@@ -101,7 +118,10 @@ class BlockStream:
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self.storage == "host":
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        file = tempfile.NamedTemporaryFile(prefix="planish-stream-", dir=self._directory)
+        # it lives as long as the stream, longer than a with-block could
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            prefix="planish-stream-", dir=self._directory
+        )
         self._files.append(file)
         numel = torch.Size(shape).numel()
         file.truncate(numel * dtype.itemsize)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from planish import data
 from planish.errors import PlanishError
+from planish.folder import tokenizer_of
 
 # rows of logits at once: 256 rows of a 262k vocabulary in float32 are 256 MiB
 LOGIT_ROWS = 256
@@ -36,7 +37,7 @@ def perplexity(model: nn.Module, text: str | Path | Tensor, *, tokenizer: Any = 
     Raises:
         PlanishError: if the text is shorter than one window, or its tokenizer can't be found.
     """
-    ids = text if isinstance(text, Tensor) else data.tokens(tokenizer or _tokenizer_of(model), text)
+    ids = text if isinstance(text, Tensor) else _tokens(model, text, tokenizer)
     windows = data.split(ids, seqlen, "the text" if isinstance(text, Tensor) else str(text))[:limit]
     model.eval()
     decoder, head = _parts(model, windows[0, :8])
@@ -75,11 +76,8 @@ def _parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
     return (decoder, head) if plain else (whole, nn.Identity())
 
 
-def _tokenizer_of(model: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = model.config.name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise PlanishError(f"no tokenizer in {folder!r}; pass tokenizer=, or token ids") from error
+def _tokens(model: Any, source: str | Path, tokenizer: Any) -> Tensor:
+    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer is None:
+        raise PlanishError(f"no tokenizer in {model.config.name_or_path!r}; pass tokenizer=, or token ids")
+    return data.tokens(tokenizer, source)

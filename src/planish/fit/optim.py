@@ -29,4 +29,4 @@ class SignSGD(torch.optim.Optimizer):
             torch._foreach_sub_(params, signs)
 
 
-OPTIMIZERS = {"signsgd": SignSGD, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"signsgd": SignSGD}

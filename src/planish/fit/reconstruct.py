@@ -9,18 +9,21 @@ rolls back to that state and halves the rate.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from planish.errors import PlanishError, nearest
 from planish.fit.loss import squared, trimmed
 from planish.fit.optim import OPTIMIZERS
 from planish.fit.step import Step
 from planish.quant import Quantizer
 
 TARGETS = ("float", "quantized")
+# below this many weights a step is short and compiling doesn't pay
+COMPILE_WEIGHTS = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Reconstruct:
         holdout: samples held out, at most a quarter of all.
         checks: how often the held-out loss is measured after step 0.
         span: consecutive blocks fitted together, the loss taken behind the last.
+        compile: whether torch.compile fuses the blocks' elementwise work; None decides by the span's size,
+            since compiling takes half a minute, once for all blocks.
     """
 
     steps: int = 200
@@ -48,6 +53,21 @@ class Reconstruct:
     holdout: int = 8
     checks: int = 8
     span: int = 1
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise PlanishError(f"target={self.target!r}: {nearest(self.target, TARGETS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PlanishError(f"optimizer={self.optimizer!r}: {nearest(self.optimizer, OPTIMIZERS)}")
+        if not 0 <= self.trim < 1:
+            raise PlanishError(f"trim={self.trim} isn't a share; give 0 to leave nothing out, or such as 0.003")
+        if min(self.steps, self.batch_size, self.holdout, self.checks, self.span) < 1:
+            raise PlanishError("steps, batch size, holdout, checks and span must be 1 or more")
+
+    def compiled(self, device: torch.device, weights: int) -> bool:
+        """Is a span with so many weights to be compiled?"""
+        return self.compile if self.compile is not None else device.type == "cuda" and weights >= COMPILE_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +101,9 @@ class Samples:
 class Best:
     """The parameters at the lowest held-out loss so far."""
 
-    def __init__(self, parameters: list[nn.Parameter], loss: float) -> None:
-        self.parameters, self.loss = parameters, loss
+    def __init__(self, parameters: Sequence[Tensor], loss: float) -> None:
+        self.parameters: list[Tensor] = list(parameters)
+        self.loss = loss
         self.state = [p.detach().clone() for p in parameters]
 
     def offer(self, loss: float) -> None:
@@ -95,9 +116,9 @@ class Best:
             torch._foreach_copy_(self.parameters, self.state)
 
 
-def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float]) -> list[tuple[list[nn.Parameter], float]]:
+def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float]) -> list[tuple[list[Tensor], float]]:
     """(parameters, rate) of each slot that has both; every other parameter is frozen."""
-    groups = []
+    groups: list[tuple[list[Tensor], float]] = []
     for quantizer in quantizers.values():
         quantizer.requires_grad_(False)
     for slot, rate in rates.items():
@@ -107,8 +128,17 @@ def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float])
     return groups
 
 
-def reconstruct(run: Callable[[Tensor], Tensor], quantizers: Mapping[str, Quantizer], inputs: Tensor, targets: Tensor,
-                fit: Reconstruct, *, device: torch.device, micro_batch: int, seed: int) -> Outcome:
+def reconstruct(
+    run: Callable[[Tensor], Tensor],
+    quantizers: Mapping[str, Quantizer],
+    inputs: Tensor,
+    targets: Tensor,
+    fit: Reconstruct,
+    *,
+    device: torch.device,
+    micro_batch: int,
+    seed: int,
+) -> Outcome:
     """Fit the quantizers of one span in place.
 
     Args:
@@ -131,7 +161,14 @@ def reconstruct(run: Callable[[Tensor], Tensor], quantizers: Mapping[str, Quanti
     if not groups:
         return Outcome(before=before, after=before)
     first = samples.next()
-    step = Step(loss, groups, OPTIMIZERS[fit.optimizer], _take(inputs, first, device), _take(targets, first, device), micro_batch)
+    step = Step(
+        loss,
+        groups,
+        OPTIMIZERS[fit.optimizer],
+        _take(inputs, first, device),
+        _take(targets, first, device),
+        micro_batch,
+    )
     every, damping = max(1, fit.steps // fit.checks), 1.0
     for i in range(fit.steps):
         batch = first if i == 0 else samples.next()
@@ -155,8 +192,14 @@ def _take(stream: Tensor, indices: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out_loss(loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor, held_out: Tensor,
-                   device: torch.device, micro_batch: int) -> float:
+def _held_out_loss(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    held_out: Tensor,
+    device: torch.device,
+    micro_batch: int,
+) -> float:
     total = torch.zeros((), device=device)
     for part in held_out.split(micro_batch):
         total += loss(_take(inputs, part, device), _take(targets, part, device)) * len(part)

@@ -8,8 +8,8 @@ Nothing reaches back, so that a block's memory is all that is needed besides the
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Stage:
 class Blocks(Protocol):
     """The decoder blocks of a model, loaded one at a time; see `api`."""
 
-    names: list[str]
+    @property
+    def names(self) -> list[str]: ...
 
     def load(self, index: int) -> nn.Module: ...
 
@@ -70,6 +71,7 @@ class Job:
     device: torch.device
     micro_batch: int
     seed: int
+    clock: Clock = field(default_factory=Clock)
 
 
 def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
@@ -78,7 +80,8 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
     Raises:
         PlanishError: what the blocks' source raises, such as weights that aren't finite.
     """
-    clock, outcomes, names = Clock(), [], job.blocks.names
+    clock, names = job.clock, job.blocks.names
+    outcomes: list[Outcome] = []
     length = job.stage.fit.span if job.stage.fit else 1
     for start in range(0, len(names), length):
         indices = range(start, min(start + length, len(names)))
@@ -86,11 +89,20 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
         if outcome:
             outcomes.append(outcome)
         if progress:
-            progress(Event(
-                stage=job.stage.name, index=indices.stop, total=len(names), name=names[start], seconds=clock.seconds,
-                eta=clock.eta(indices.stop, len(names)), peak_bytes=peak_bytes(job.device),
-                before=outcome.before if outcome else None, after=outcome.after if outcome else None,
-                note="; ".join(outcome.notes) if outcome else ""))
+            progress(
+                Event(
+                    stage=job.stage.name,
+                    index=indices.stop,
+                    total=len(names),
+                    name=names[start],
+                    seconds=clock.seconds,
+                    eta=clock.eta(indices.stop, len(names)),
+                    peak_bytes=peak_bytes(job.device),
+                    before=outcome.before if outcome else None,
+                    after=outcome.after if outcome else None,
+                    note="; ".join(outcome.notes) if outcome else "",
+                )
+            )
     return outcomes
 
 
@@ -108,8 +120,10 @@ def trial(job: Job) -> Job:
             return job
         except torch.OutOfMemoryError:
             if job.micro_batch == 1:
-                raise PlanishError("the largest block doesn't fit the GPU even one sample at a time; use shorter "
-                                   "samples (--seqlen), a smaller span, or --device cpu") from None
+                raise PlanishError(
+                    "the largest block doesn't fit the GPU even one sample at a time; use shorter "
+                    "samples (--seqlen), a smaller span, or --device cpu"
+                ) from None
             job = dataclasses.replace(job, micro_batch=job.micro_batch // 2)
         finally:
             torch.cuda.empty_cache()
@@ -138,27 +152,51 @@ def _load(job: Job, indices: range) -> tuple[dict[int, nn.Module], dict[str, nn.
     linears: dict[str, nn.Linear] = {}
     for index, block in span.items():
         named = ((f"{job.blocks.names[index]}.{path}", module) for path, module in block.named_modules())
-        linears.update((name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes)
+        linears.update(
+            (name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes
+        )
     return span, linears
 
 
-def _attach(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear], importance: dict[str, Tensor]
-            ) -> dict[str, Quantizer]:
+def _attach(
+    job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear], importance: dict[str, Tensor]
+) -> dict[str, Quantizer]:
     """Put a QLinear in the place of each linear; the quantizers by full name."""
     quantizers = {}
     for name, linear in linears.items():
         quantizers[name] = Quantizer(
-            linear.weight.detach(), job.schemes[name], weight_slot=job.stage.weight, range_slot=job.stage.range,
-            rounding_slot=job.stage.rounding, importance=importance.pop(name, None))
+            linear.weight.detach(),
+            job.schemes[name],
+            weight_slot=job.stage.weight,
+            range_slot=job.stage.range,
+            rounding_slot=job.stage.rounding,
+            importance=importance.pop(name, None),
+        )
         _replace(job, span, name, QLinear(linear, quantizers[name]))
     return quantizers
 
 
-def _fit(job: Job, span: Mapping[int, nn.Module], quantizers: Mapping[str, Quantizer], target: Tensor | None) -> Outcome | None:
+def _fit(
+    job: Job, span: Mapping[int, nn.Module], quantizers: Mapping[str, Quantizer], target: Tensor | None
+) -> Outcome | None:
     if job.stage.fit is None or job.stream is None or target is None:
         return None
-    return reconstruct(functools.partial(_run, job.stream, span), quantizers, job.stream.quant, target, job.stage.fit,
-                       device=job.device, micro_batch=job.micro_batch, seed=job.seed + min(span))
+    if job.stage.fit.compiled(job.device, sum(linear.numel() for linear in _weights(span))):
+        span = {index: cast(nn.Module, torch.compile(block)) for index, block in span.items()}
+    return reconstruct(
+        functools.partial(_run, job.stream, span),
+        quantizers,
+        job.stream.quant,
+        target,
+        job.stage.fit,
+        device=job.device,
+        micro_batch=job.micro_batch,
+        seed=job.seed + min(span),
+    )
+
+
+def _weights(span: Mapping[int, nn.Module]) -> list[Tensor]:
+    return [module.weight for block in span.values() for module in block.modules() if isinstance(module, QLinear)]
 
 
 def _fit_largest(job: Job) -> None:
@@ -185,8 +223,9 @@ def _run(stream: BlockStream, span: Mapping[int, nn.Module], hidden: Tensor) -> 
     return hidden
 
 
-def _float_pass(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]
-                ) -> tuple[dict[str, Tensor], Tensor | None]:
+def _float_pass(
+    job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Let the float stream through the span: what its linears saw, and the target of the fit."""
     stream, fit = job.stream, job.stage.fit
     if stream is None:
@@ -197,7 +236,11 @@ def _float_pass(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, n
         for index, block in span.items():
             stream.advance(stream.fp, block, index)
 
-    importance = input_squares(linears, forward)
+    importance: dict[str, Tensor] = {}
+    if job.stage.importance:
+        importance = input_squares(linears, forward)
+    else:
+        forward()
     if target is not None:
         for index, block in span.items():
             stream.advance(target, block, index)
@@ -222,6 +265,7 @@ def input_squares(linears: Mapping[str, nn.Linear], forward: Callable[[], None])
             rows = args[0].detach().flatten(0, -2).float()
             totals[full] = totals.get(full, 0) + rows.square().sum(0)
             counts[full] = counts.get(full, 0) + len(rows)
+
         return record
 
     handles = [linear.register_forward_pre_hook(hook(full)) for full, linear in linears.items()]

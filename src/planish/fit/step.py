@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WARM_UP = 3
 
@@ -27,14 +27,22 @@ class Step:
         micro_batch: samples a backward pass; gradients are summed over them in order.
     """
 
-    def __init__(self, loss: Loss, parameters: Sequence[tuple[list[nn.Parameter], float]],
-                 optimizer: Callable[..., torch.optim.Optimizer], inputs: Tensor, targets: Tensor, micro_batch: int) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Sequence[tuple[list[Tensor], float]],
+        optimizer: Callable[..., torch.optim.Optimizer],
+        inputs: Tensor,
+        targets: Tensor,
+        micro_batch: int,
+    ) -> None:
         self.loss, self.micro_batch = loss, micro_batch
         self.inputs, self.targets = torch.empty_like(inputs), torch.empty_like(targets)
         device = inputs.device
         self.rates = [rate for _, rate in parameters]
         groups: list[dict[str, Any]] = [
-            {"params": params, "lr": torch.tensor(rate, device=device)} for params, rate in parameters]
+            {"params": params, "lr": torch.tensor(rate, device=device)} for params, rate in parameters
+        ]
         self.optimizer = optimizer(groups)
         # sum of the losses since it was last read; read seldom, since reading waits for the device
         self.total = torch.zeros((), device=device)

@@ -31,9 +31,16 @@ class Quantizer(nn.Module):
         importance: fp32 [in], mean square of each input over calibration data, or None.
     """
 
-    def __init__(self, weight: Tensor, scheme: Scheme, *, weight_slot: Callable[..., nn.Module] = Fixed,
-                 range_slot: Callable[..., nn.Module] = MinMax, rounding_slot: Callable[..., nn.Module] = Nearest,
-                 importance: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        *,
+        weight_slot: Callable[..., nn.Module] = Fixed,
+        range_slot: Callable[..., nn.Module] = MinMax,
+        rounding_slot: Callable[..., nn.Module] = Nearest,
+        importance: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.scheme, self.in_features = scheme, weight.shape[1]
         self.group_size = scheme.group_in(weight.shape[1])
@@ -60,9 +67,13 @@ class Quantizer(nn.Module):
         groups, grid, rounding = self._parts(weight)
         codes = encode(groups, grid.scale, grid.zero, self.scheme.bits, rounding)
         zero = None if self.scheme.symmetric else grid.zero.squeeze(-1).to(torch.uint8)
-        return QTensor(codes=from_groups(codes, self.in_features).to(torch.uint8).contiguous(),
-                       scale=grid.scale.squeeze(-1).half(), zero=zero, bits=self.scheme.bits,
-                       group_size=self.group_size)
+        return QTensor(
+            codes=from_groups(codes, self.in_features).to(torch.uint8).contiguous(),
+            scale=grid.scale.squeeze(-1).half(),
+            zero=zero,
+            bits=self.scheme.bits,
+            group_size=self.group_size,
+        )
 
     def slot_parameters(self, slot: str) -> list[nn.Parameter]:
         """Trainable parameters of a slot, one of SLOTS."""

@@ -14,7 +14,7 @@ from planish.qtensor import decode, encode, store
 from planish.scheme import Scheme
 
 # k of s = -peak / k, in units of 2^(bits-1): below 1 the peak has levels to spare, above 1 it is clipped
-SYMMETRIC_SWEEP = torch.linspace(0.5, 1.9, 57).tolist()
+SYMMETRIC_SWEEP = torch.linspace(0.5, 1.9, 29).tolist()
 COMMON_SWEEP = torch.linspace(1.0, 0.25, 31).tolist()
 SINGLE_SWEEP = torch.linspace(1.15, 0.7, 16).tolist()
 REFITS = 3
@@ -49,8 +49,9 @@ class Best:
 
 
 @torch.no_grad()
-def search_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None, scale: Tensor, zero: Tensor
-                ) -> tuple[Tensor, Tensor]:
+def search_grid(
+    groups: Tensor, scheme: Scheme, importance: Tensor | None, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of least weighted error, never worse than the ones given.
 
     Args:

@@ -3,13 +3,16 @@
 To add one, write `recipes/foo.py` and a line here; `--recipe ./mine.py:mine` takes one from anywhere.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from planish.recipes.recipe import Recipe, build, describe, split_preset
 from planish.recipes.rtn import PRESETS as RTN_PRESETS
 from planish.recipes.rtn import rtn
 from planish.recipes.signround import PRESETS as SIGNROUND_PRESETS
 from planish.recipes.signround import signround
 
-RECIPES = {"rtn": rtn, "signround": signround}
-PRESETS = {"rtn": RTN_PRESETS, "signround": SIGNROUND_PRESETS}
+RECIPES: dict[str, Callable[..., Recipe]] = {"rtn": rtn, "signround": signround}
+PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {"rtn": RTN_PRESETS, "signround": SIGNROUND_PRESETS}
 
 __all__ = ["PRESETS", "RECIPES", "Recipe", "build", "describe", "split_preset"]

@@ -112,9 +112,14 @@ def describe(name: str) -> dict[str, Any]:
     equation = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Equation:")), "")
     _, _, arguments = text.partition("Args:\n")
     parameters = inspect.signature(function).parameters
-    return {"name": name, "summary": text.splitlines()[0] if text else "", "equation": equation,
-            "keys": {k: p.default for k, p in parameters.items()}, "presets": {k: dict(v) for k, v in presets.items()},
-            "help": _argument_help(arguments, list(parameters))}
+    return {
+        "name": name,
+        "summary": text.splitlines()[0] if text else "",
+        "equation": equation,
+        "keys": {k: p.default for k, p in parameters.items()},
+        "presets": {k: dict(v) for k, v in presets.items()},
+        "help": _argument_help(arguments, list(parameters)),
+    }
 
 
 def _argument_help(text: str, keys: list[str]) -> dict[str, str]:

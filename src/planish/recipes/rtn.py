@@ -1,10 +1,12 @@
 """RTN: round to nearest, on the range of each group or on the range that loses least."""
 
+from typing import Any
+
 from planish.fit.spans import Stage
 from planish.quant import MinMax, Searched
 from planish.recipes.recipe import Recipe
 
-PRESETS = {"default": {}, "fast": {}, "best": {"search": True}}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "fast": {}, "best": {"search": True}}
 
 
 def rtn(*, search: bool = False) -> Recipe:
