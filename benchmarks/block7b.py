@@ -6,13 +6,15 @@ Cached inputs are 128 x 2048 tokens (embeddings of random tokens), batch 8, bf16
 arithmetic that the fit needs (forward, gradients of inputs and weights, attention with its causal half)
 over the time of the steps, next to the rate of a large matrix product measured on the same GPU. With
 --auto-round the peer tunes the same block on the same windows, and both are held against eight windows
-that neither saw: mean squared error of the block's output.
+that neither saw: mean squared error of the block's output. Last, three blocks with the defaults stand for
+the whole model of 32.
 """
 
 import argparse
 import datetime
 import json
 import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,22 +22,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import planish
 from planish.log import versions
 
-TOKENS, SAMPLES, BATCH = 2048, 128, 8
+TOKENS, SAMPLES, BATCH, WIDTH = 2048, 128, 8, 4096
+DEVICE = "cuda"
 
 
-def model_7b() -> LlamaForCausalLM:
+def model_7b(blocks: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        tie_word_embeddings=False,
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    with torch.device("cuda"):
+        vocab_size=4096, hidden_size=WIDTH, intermediate_size=WIDTH * 43 // 16, num_hidden_layers=blocks,
+        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    with torch.device(DEVICE):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
     return model.eval().requires_grad_(False)
@@ -136,54 +133,56 @@ def peer(model, ids: torch.Tensor, scheme: planish.Scheme, tokenizer: str, steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
     parser.add_argument("--auto-round", metavar="TOKENIZER")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--scheme", default="w4g128")
     args = parser.parse_args()
-    model, scheme = model_7b(), planish.Scheme.parse(args.scheme)
+    scheme = planish.Scheme.parse(args.scheme)
     ids = torch.randint(0, 4096, (SAMPLES + 8, TOKENS), generator=torch.Generator().manual_seed(1))
-    unseen, ids = ids[:8].cuda(), ids[8:]
-    target = block_output(model, unseen)
-
-    def loss(quantized) -> float:
-        return (block_output(quantized.cuda(), unseen) - target).square().mean().item()
-
-    rate, flops = matrix_rate(), step_flops(model)
-    report = {
-        "command": "python benchmarks/block7b.py "
-        + " ".join(["OUT.json", f"--steps {args.steps}", f"--scheme {args.scheme}"]),
+    unseen, ids = ids[:8].to(DEVICE), ids[8:]
+    report: dict = {
+        "command": f"python benchmarks/block7b.py OUT.json --steps {args.steps} --scheme {args.scheme}"
+        + (" --auto-round TOKENIZER" if args.auto_round else ""),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": versions(),
-        "matrix_tflops": round(rate / 1e12, 1),
-        "step_tflop": round(flops / 1e12, 2),
-        "ours": [],
     }
+    model = model_7b(1)
+    target = block_output(model, unseen)
+
+    def write() -> None:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    def loss(quantized) -> float:
+        return (block_output(quantized.to(DEVICE), unseen) - target).square().mean().item()
+
+    rate, flops = matrix_rate(), step_flops(model)
+    report |= {"matrix_tflops": round(rate / 1e12, 1), "step_tflop": round(flops / 1e12, 2), "ours": []}
     for compile in (False, True):
         rows = []
         for steps in (args.steps // 4, args.steps // 2, args.steps):
-            row, quantized = ours(model, ids, args.scheme, steps, compile=compile)
+            row, quantized = ours(model, ids, args.scheme, steps, compile=compile, span=1)
             rows.append({**row, "unseen_loss": loss(quantized)})
             del quantized
             print(rows[-1], flush=True)
         a_step = (rows[-1]["seconds"] - rows[-2]["seconds"]) / (args.steps - args.steps // 2)
-        report["ours"].append(
-            {
-                "compile": compile,
-                "step_ms": round(1e3 * a_step, 2),
-                "share_of_matrix_rate": round(flops / a_step / rate, 3),
-                "runs": rows,
-            }
-        )
-        print({k: v for k, v in report["ours"][-1].items() if k != "runs"}, flush=True)
+        summary = {"compile": compile, "step_ms": round(1e3 * a_step, 2),
+                   "share_of_matrix_rate": round(flops / a_step / rate, 3)}  # fmt: skip
+        report["ours"].append({**summary, "runs": rows})
+        print(summary, flush=True)
+    write()
+    whole, _ = ours(model_7b(3), ids, args.scheme, args.steps)
+    report["whole_model"] = {**whole, "blocks": 3, "projected_seconds_32_blocks": round(whole["seconds"] / 3 * 32)}
+    print(report["whole_model"], flush=True)
+    write()
     if args.auto_round:
         row, tuned = peer(model.to("cpu"), ids, scheme, args.auto_round, args.steps)
         report["auto_round"] = {**row, "unseen_loss": loss(tuned)}
+        del tuned
         print(report["auto_round"], flush=True)
-    with open(args.out, "w") as file:
-        json.dump(report, file, indent=1)
+    write()
 
 
 if __name__ == "__main__":

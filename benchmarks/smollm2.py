@@ -2,9 +2,9 @@
 
     python benchmarks/smollm2.py MODEL WIKITEXT2 OUT.json [SETTING ...]
 
-MODEL is the bf16 folder of examples/get_smollm2.py; WIKITEXT2 a folder with wiki.test.raw,
-wiki.train.part.raw and wiki.valid.tokens. A SETTING is recipe:scheme[:key=value,...], such as
-signround:w2g64 or signround:w2g64:preset=best; without any, the table of the README is measured.
+MODEL is the bf16 folder of examples/get_smollm2.py; WIKITEXT2 a folder with wiki.test.raw and
+wiki.train.part.raw. A SETTING is recipe:scheme[:key=value,...], such as signround:w2g64 or
+signround:w2g64asym:preset=best, or 16-bit; without any, the whole table is measured.
 
 Protocol: calibration on random windows of 2048 tokens (seed 0) of the training text, 128 unless the preset
 says otherwise; WikiText-2 raw test, non-overlapping windows of 2048, bf16, float32 logits. Seconds are those
@@ -12,94 +12,87 @@ of the quantization alone, everything that is compiled or captured included, loa
 out; peak memory is torch's. Settings were chosen on the validation text.
 """
 
+import argparse
 import datetime
 import json
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import planish
 from planish.data import join_rows
-from planish.log import versions
+from planish.log import Event, versions
 from planish.recipes import split_preset
 
+SEQLEN = 2048
 SCHEMES = ("w4g128", "w3g128", "w2g128", "w2g64")
-TABLE = [
-    f"{recipe}:{scheme}{kind}{keys}"
-    for scheme in SCHEMES
-    for kind in ("", "asym")
-    for recipe, keys in (("rtn", ""), ("rtn", ":search=true"), ("signround", ""))
-]
-TABLE += ["signround:w2g64:preset=best", "signround:w2g64asym:preset=best"]
+KINDS = ("rtn:{}", "rtn:{}:search=true", "signround:{}")
+TABLE = ["16-bit"]
+TABLE += [kind.format(scheme + asym) for scheme in SCHEMES for asym in ("", "asym") for kind in KINDS]
+TABLE += ["signround:w2g64:preset=best"]
 
 
-def random_windows(ids: Tensor, samples: int, seqlen: int = 2048, seed: int = 0) -> Tensor:
+def random_windows(ids: Tensor, samples: int) -> Tensor:
     """Windows at random starts, as the GPTQ loader takes them: they may overlap, as the peers' did."""
-    starts = torch.randint(0, len(ids) - seqlen, (samples,), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
+    starts = torch.randint(0, len(ids) - SEQLEN, (samples,), generator=torch.Generator().manual_seed(0))
+    return torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
 
 
-def read(folder: Path, tokenizer, name: str) -> Tensor:
-    text = join_rows((folder / name).read_text(encoding="utf-8"))
+def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    text = join_rows(path.read_text(encoding="utf-8"))
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def measure(model: str, setting: str, train: Tensor, texts: dict[str, Tensor]) -> dict:
+def measure(model: str, setting: str, train: Tensor) -> tuple[dict[str, Any], Any]:
+    """Quantize once: (figures, model)."""
+    if setting == "16-bit":
+        return {}, planish.load(model)
     recipe, scheme, *rest = setting.split(":")
-    keys = dict(pair.split("=") for pair in rest[0].split(",")) if rest else {}
+    keys: dict[str, Any] = dict(pair.split("=") for pair in rest[0].split(",")) if rest else {}
     seed = int(keys.pop("seed", 0))
     samples = split_preset(recipe, keys.get("preset"))[1].get("samples", 128)
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    events: list[Event] = []
     quantized = planish.quantize(
-        model,
-        recipe,
-        scheme,
-        data=random_windows(train, samples),
-        seed=seed,
-        samples=samples,
-        seqlen=2048,
-        progress=lambda event: times.append(event),
-        **keys,
-    )
-    row = {
-        "setting": setting,
-        "calibration_tokens": samples * 2048 if times and times[-1].before else 0,
-        "seconds": round(times[-1].seconds, 1),
-        "seconds_with_loading": round(time.perf_counter() - start, 1),
-        "peak_mib": round(times[-1].peak_bytes / 2**20),
-    }
-    times.clear()
-    return {**row, **{name: round(planish.perplexity(quantized, ids), 3) for name, ids in texts.items()}}
+        model, recipe, scheme, data=random_windows(train, samples), samples=samples, seqlen=SEQLEN, seed=seed,
+        progress=events.append, **keys,
+    )  # fmt: skip
+    last = events[-1]
+    return {"seconds": round(last.seconds, 1), "peak_mib": round(last.peak_bytes / 2**20),
+            "calibration_windows": samples, "seed": seed}, quantized  # fmt: skip
 
 
-times: list = []
-
-
-def main(model: str, data: str, out: str, *settings: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    folder = Path(data)
-    train = read(folder, tokenizer, "wiki.train.part.raw")
-    texts = {"test": read(folder, tokenizer, "wiki.test.raw")}
-    rows = [
-        {"setting": "16-bit", **{n: round(planish.perplexity(planish.load(model), i), 3) for n, i in texts.items()}}
-    ]
-    for setting in settings or TABLE:
-        rows.append(measure(model, setting, train, texts))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("settings", nargs="*", default=TABLE)
+    parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
+    parser.add_argument("--limit", type=int, help="evaluate only so many windows (dry runs)")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train, test = (read(args.data / name, tokenizer) for name in ("wiki.train.part.raw", "wiki.test.raw"))
+    rows: list[dict[str, Any]] = []
+    for setting in args.settings:
+        figures, quantized = measure(args.model, setting, train)
+        rows.append(
+            {"setting": setting, "test_perplexity": planish.perplexity(quantized, test, limit=args.limit), **figures}
+        )
         print(json.dumps(rows[-1]), flush=True)
+        del quantized
         report = {
-            "command": "python benchmarks/smollm2.py MODEL WIKITEXT2 " + " ".join([out.split("/")[-1], *settings]),
+            "command": " ".join(["python benchmarks/smollm2.py MODEL WIKITEXT2", args.out.name, *args.settings]),
             "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "alone": not args.shared,
             "versions": versions(),
             "rows": rows,
         }
-        Path(out).write_text(json.dumps(report, indent=1) + "\n")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -42,7 +42,7 @@ class Size:
     new_tokens: int
 
 
-FULL = Size(steps={"w4g64": 10, "w3g64": 20, "w2g64": 40}, samples=128, context=64, windows=16, seqlen=256,
+FULL = Size(steps={"w4g64": 8, "w3g64": 16, "w2g64": 32}, samples=128, context=64, windows=16, seqlen=256,
             new_tokens=32)
 TINY = Size(steps={"w2g64": 2}, samples=10, context=32, windows=2, seqlen=64, new_tokens=4)
 

@@ -158,7 +158,7 @@ def quantize(
     run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
     found: dict[str, QTensor] = {}
     run.execute(lambda name, quantized: found.update({name: quantized.to("cpu")}))
-    return assemble(resolved.source, found.items(), run.device, run.dtype)
+    return assemble(resolved.source, found.items(), run.device, resolved.source.dtype)
 
 
 def quantize_to(

@@ -62,7 +62,7 @@ def evaluation() -> list[str]:
 def _docstrings(library: Path, name: str) -> list[str]:
     package = library / name
     files = sorted(package.rglob("*.py")) if package.is_dir() else [library / f"{name}.py"]
-    found = []
+    found: list[str] = []
     for file in files:
         if file.is_file():
             found += _docstrings_of(ast.parse(file.read_bytes()))

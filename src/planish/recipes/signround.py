@@ -43,7 +43,7 @@ def signround(
     Args:
         steps: optimizer steps a span.
         rate: learning rate of V at step 0; 2 / steps if not given.
-        range_rate: learning rate of the range's factors; that of V if not given.
+        range_rate: learning rate of the range's factors; that of V, but at most 0.01, if not given.
         search: start from the range that loses least, weighed by the inputs' mean squares, and let factors
             grow up to 2; else from min/max, factors at most 1, as published.
         trim: share of elements with the largest errors left out of the loss.
@@ -61,7 +61,7 @@ def signround(
         trim=trim,
         holdout=holdout,
         span=span,
-        rates={"rounding": rate, "range": rate if range_rate is None else range_rate},
+        rates={"rounding": rate, "range": min(rate, 0.01) if range_rate is None else range_rate},
         compile=compile,
     )
     stage = Stage(

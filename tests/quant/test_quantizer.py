@@ -1,0 +1,120 @@
+"""Quantizer and QLinear: slots get what they need, gradients reach them, nothing else is trained."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planish.quant import Grid, MinMax, Offset, QLinear, Quantizer, TunedMinMax
+from planish.scheme import Scheme
+
+W2 = Scheme.parse("w2g32")
+
+
+def weight_of(rows: int = 8, inputs: int = 80, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("text", ["w2g32", "w3g64", "w4pc", "w8g128", "w2g32asym", "w4pcasym"])
+def test_what_is_stored_is_what_the_scheme_says(text: str) -> None:
+    scheme, weight = Scheme.parse(text), weight_of(inputs=160)
+    quantized = Quantizer(weight, scheme).quantize(weight)
+    assert quantized.scheme == scheme and quantized.shape == (8, 160)
+    assert quantized.scale.shape == (8, scheme.groups_in(160))
+    assert int(quantized.codes.max()) < 2**scheme.bits and quantized.codes.is_contiguous()
+    assert scheme.symmetric == (quantized.zero is None)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_error_is_at_most_half_a_step_and_the_zero_points_rounding(bits: int) -> None:
+    weight, scheme = weight_of(), Scheme(bits=bits, group_size=32, symmetric=False)
+    quantized = Quantizer(weight, scheme).quantize(weight)
+    step = quantized.scale.float().repeat_interleave(32, 1)[:, :80]
+    assert bool(((quantized.dequantize() - weight).abs() <= 1.01 * step).all())
+    halves = (quantized.dequantize() - weight).abs() <= 0.501 * step
+    assert halves.float().mean() > 0.9
+
+
+def test_slots_get_groups_and_the_importance_of_each_input() -> None:
+    seen = {}
+
+    class Recorded(MinMax):
+        def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
+            super().__init__(groups, scheme)
+            seen.update(groups=groups, importance=importance)
+
+    weight = weight_of(dtype=torch.bfloat16)
+    Quantizer(weight, W2, range_slot=Recorded, importance=torch.arange(80.0))
+    assert seen["groups"].shape == (8, 3, 32) and seen["groups"].dtype == torch.bfloat16
+    assert torch.equal(seen["importance"].flatten(), torch.cat([torch.arange(80.0), torch.zeros(16)]))
+    Quantizer(weight, W2, range_slot=Recorded)
+    assert seen["importance"] is None
+
+
+def test_a_weight_slot_is_asked_before_the_range() -> None:
+    class Doubled(nn.Module):
+        def __init__(self, weight: Tensor, scheme: Scheme) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * self.factor
+
+    weight = weight_of()
+    doubled = Quantizer(weight, W2, weight_slot=Doubled)
+    assert torch.equal(doubled(weight), Quantizer(2 * weight, W2)(2 * weight))
+    assert torch.equal(doubled.quantize(weight).dequantize(), doubled(weight))
+    doubled(weight).sum().backward()
+    (factor,) = doubled.slot_parameters("weight")
+    assert factor.grad is not None and factor.grad != 0
+
+
+@pytest.mark.parametrize("scheme", [W2, Scheme.parse("w2g32asym")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_reach_every_parameter_of_the_slots(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = weight_of(dtype=dtype)
+    quantizer = Quantizer(weight, scheme, range_slot=TunedMinMax, rounding_slot=Offset)
+    counts = {slot: len(quantizer.slot_parameters(slot)) for slot in ("weight", "range", "rounding")}
+    assert counts == {"weight": 0, "range": 1 if scheme.symmetric else 2, "rounding": 1}
+    result = quantizer(weight)
+    assert result.dtype == dtype and result.shape == weight.shape
+    (result.float() ** 2).sum().backward()
+    for parameter in quantizer.parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all()) and bool((parameter.grad != 0).any())
+
+
+def test_padding_of_a_ragged_row_gets_no_gradient() -> None:
+    weight = weight_of()
+    quantizer = Quantizer(weight, W2, rounding_slot=Offset)
+    quantizer(weight).sum().backward()
+    (v,) = quantizer.slot_parameters("rounding")
+    assert v.grad is not None and bool((v.grad[:, 2, 16:] == 0).all()) and bool((v.grad[:, 2, :16] != 0).any())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_qlinear_is_the_linear_with_the_decoded_weight(bias: bool) -> None:
+    linear = nn.Linear(80, 8, bias=bias)
+    layer = QLinear(linear, Quantizer(linear.weight.detach(), W2, rounding_slot=Offset))
+    x = torch.randn(2, 5, 80)
+    expected = nn.functional.linear(x, layer.quantizer.quantize(linear.weight).dequantize(), linear.bias)
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert linear.weight.grad is None and layer.weight is linear.weight and layer.bias is linear.bias
+    assert all(p.grad is not None for p in layer.quantizer.parameters())
+
+
+def test_a_slot_may_be_any_callable() -> None:
+    class Constant(nn.Module):
+        def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None, step: float) -> None:
+            super().__init__()
+            self.step = step
+
+        def forward(self, groups: Tensor) -> Grid:
+            return Grid(torch.full((*groups.shape[:2], 1), self.step), torch.full((*groups.shape[:2], 1), 2.0))
+
+    weight = weight_of()
+    quantized = Quantizer(weight, W2, range_slot=functools.partial(Constant, step=-0.5)).quantize(weight)
+    assert bool((quantized.scale == -0.5).all())
+    assert set(quantized.dequantize().unique().tolist()) <= {1.0, 0.5, 0.0, -0.5}

@@ -1,0 +1,92 @@
+"""The range search: never worse than what it was given, much better where a group has an outlier."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from planish.qtensor import decode, encode, store, to_groups
+from planish.quant import MinMax, Searched
+from planish.quant.range import Grid
+from planish.quant.search import search_grid
+from planish.scheme import Scheme
+
+SCHEMES = [Scheme.parse(f"w{bits}g32{end}") for bits in (2, 3, 4, 8) for end in ("", "asym")]
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+
+
+def groups_of(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 160, generator=generator)
+    if kind == "outliers":
+        weight[:, ::32] *= 12
+    elif kind == "one-sided":
+        weight = weight.abs()
+    elif kind == "constant":
+        weight = torch.full_like(weight, 0.3)
+    elif kind == "zeros":
+        weight = torch.zeros_like(weight)
+    elif kind == "tiny":
+        weight *= 1e-7
+    elif kind == "ragged":
+        weight = weight[:, :150]
+    return to_groups(weight, 32)
+
+
+def error(groups: Tensor, grid: Grid, bits: int, importance: Tensor | None) -> Tensor:
+    """Weighted squared error of each group, [out, G]."""
+    restored = decode(encode(groups, grid.scale, grid.zero, bits), grid.scale, grid.zero)
+    weights = 1 if importance is None else importance
+    return ((restored - groups).square() * weights).sum(-1)
+
+
+@each_scheme
+@pytest.mark.parametrize("kind", ["normal", "outliers", "one-sided", "constant", "zeros", "tiny", "ragged"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_group_is_worse_than_its_minimum_and_maximum(scheme: Scheme, kind: str, weighted: bool) -> None:
+    groups = groups_of(kind)
+    importance = torch.rand(5, 32, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
+    plain = MinMax(groups, scheme)(groups)
+    grid = Searched(groups, scheme, importance)(groups)
+    assert bool((error(groups, grid, scheme.bits, importance) <= error(groups, plain, scheme.bits, importance)).all())
+    assert torch.equal(grid.scale, store(grid.scale)), "a scale as it is stored"
+    assert bool(((grid.zero >= 0) & (grid.zero < 2**scheme.bits) & (grid.zero == grid.zero.round())).all())
+
+
+@pytest.mark.parametrize("text", ["w2g32", "w2g32asym", "w3g32", "w3g32asym"])
+def test_outliers_cost_much_less(text: str) -> None:
+    scheme, groups = Scheme.parse(text), groups_of("outliers")
+    plain = error(groups, MinMax(groups, scheme)(groups), scheme.bits, None).sum()
+    assert error(groups, Searched(groups, scheme)(groups), scheme.bits, None).sum() < 0.8 * plain
+
+
+@pytest.mark.parametrize("text", ["w2g32", "w2g32asym"])
+def test_inputs_that_matter_are_served_first(text: str) -> None:
+    scheme, groups = Scheme.parse(text), groups_of("outliers")
+    importance = torch.full((5, 32), 1e-3)
+    importance[:, 7] = 1.0
+    at_seven = importance == 1.0
+    seen = error(groups, Searched(groups, scheme, importance)(groups), scheme.bits, at_seven.float()).sum()
+    blind = error(groups, Searched(groups, scheme)(groups), scheme.bits, at_seven.float()).sum()
+    assert seen < 0.1 * blind
+
+
+@each_scheme
+def test_inputs_never_seen_change_nothing(scheme: Scheme) -> None:
+    groups = groups_of("normal")
+    grid, plain = Searched(groups, scheme, torch.zeros(5, 32))(groups), MinMax(groups, scheme)(groups)
+    assert torch.equal(grid.scale, plain.scale) and torch.equal(grid.zero, plain.zero)
+
+
+def test_a_grid_that_is_exact_already_is_kept() -> None:
+    scale = store(torch.rand(24, 5, 1) + 0.1)
+    zero = torch.full_like(scale, 2.0)
+    groups = decode(torch.randint(0, 4, (24, 5, 32)).float(), scale, zero)
+    found = search_grid(groups, Scheme.parse("w2g32"), None, scale, zero)
+    assert torch.equal(found[0], scale) and torch.equal(found[1], zero)
+
+
+@each_scheme
+def test_the_same_bits_every_time(scheme: Scheme) -> None:
+    groups = groups_of("normal").bfloat16()
+    first, second = (Searched(groups, scheme)(groups) for _ in range(2))
+    assert torch.equal(first.scale, second.scale) and torch.equal(first.zero, second.zero)
