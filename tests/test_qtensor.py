@@ -85,7 +85,9 @@ def test_rounding_and_offset_are_where_the_equation_says() -> None:
     assert torch.equal(decode(codes, scale, zero, offset), scale * (codes - zero) + offset)
 
 
-def _case(bits: int, symmetric: bool, rounded: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _case(
+    bits: int, symmetric: bool, rounded: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """weight, rounding, scale, zero with scales of both signs and many a clamped code."""
     generator = torch.Generator().manual_seed(bits)
     grid = (5, 3, 1)
@@ -193,7 +195,8 @@ def test_scheme_and_device(quantized: QTensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scale": torch.ones(6, 3)}, {"scale": torch.ones(6, 2).half()}, {"group_size": 40}, {"zero": torch.ones(6, 3)}]
+    "wrong",
+    [{"scale": torch.ones(6, 3)}, {"scale": torch.ones(6, 2).half()}, {"group_size": 40}, {"zero": torch.ones(6, 3)}],
 )
 def test_what_does_not_belong_together_is_a_bug(quantized: QTensor, wrong: dict) -> None:
     with pytest.raises(AssertionError):

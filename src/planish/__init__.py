@@ -6,15 +6,47 @@
     model = planish.load("name-w2g64")
     planish.perplexity(model, "wiki.test.raw")
 
-Importing Planish changes nothing for others: no registration, no patches.
+Importing Planish changes nothing for others: no registration, no patches. Its parts are imported when
+they are first used, since torch and transformers take seconds and `planish --help` needs neither.
 """
 
-from planish.api import load, quantize, quantize_to, resolve, save
-from planish.errors import PlanishError, UnsupportedScheme
-from planish.eval.perplexity import perplexity
-from planish.qtensor import QTensor
-from planish.scheme import Scheme, SchemeMap
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planish.api import info, load, quantize, quantize_to, resolve, save
+    from planish.errors import PlanishError, UnsupportedScheme
+    from planish.eval.perplexity import perplexity
+    from planish.qtensor import QTensor
+    from planish.scheme import Scheme, SchemeMap
 
 __version__ = "0.1.0"
-__all__ = ["PlanishError", "QTensor", "Scheme", "SchemeMap", "UnsupportedScheme", "load", "perplexity", "quantize",
-           "quantize_to", "resolve", "save"]
+__all__ = [
+    "PlanishError",
+    "QTensor",
+    "Scheme",
+    "SchemeMap",
+    "UnsupportedScheme",
+    "info",
+    "load",
+    "perplexity",
+    "quantize",
+    "quantize_to",
+    "resolve",
+    "save",
+]
+
+_HOME = {
+    "planish.api": ("info", "load", "quantize", "quantize_to", "resolve", "save"),
+    "planish.errors": ("PlanishError", "UnsupportedScheme"),
+    "planish.eval.perplexity": ("perplexity",),
+    "planish.qtensor": ("QTensor",),
+    "planish.scheme": ("Scheme", "SchemeMap"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'planish' has no attribute {name!r}")

@@ -26,7 +26,7 @@ from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear
 from planish.log import Progress, RunManifest, versions
 from planish.qtensor import QTensor
-from planish.recipes import Recipe, build, split_preset
+from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
 from planish.scheme import Scheme, SchemeMap, bits_per_weight
 from planish.source import Source, open_source
@@ -98,6 +98,8 @@ def resolve(
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
+    if isinstance(model, PreTrainedModel) and any(isinstance(part, PackedLinear) for part in model.modules()):
+        raise PlanishError(f"the {type(model).__name__} is quantized already; give the 16-bit original")
     source = open_source(model, revision=revision)
     skeleton = source.skeleton()
     arch = discover(skeleton)
@@ -117,8 +119,8 @@ def resolve(
         parameters=sum(p.numel() for p in skeleton.parameters()),
         arch=arch,
         format=chosen,
-        samples=samples or about_data.get("samples", SAMPLES),
-        seqlen=seqlen or about_data.get("seqlen", SEQLEN),
+        samples=about_data.get("samples", SAMPLES) if samples is None else samples,
+        seqlen=about_data.get("seqlen", SEQLEN) if seqlen is None else seqlen,
     )
 
 
@@ -144,7 +146,8 @@ def quantize(
         scheme: such as 'w4g128', 'w2g64asym', 'w4pc'.
         data: calibration text, see `planish.data`, or token ids int64 [samples, seqlen].
         device: where blocks are fitted; the GPU if there is one.
-        batch_size: samples in one forward or backward pass; halved by itself when memory is short.
+        batch_size: samples a step, the recipe's own if not given; where memory is too short for it, a step goes
+            through it in parts.
         seed: of the windows and of the fit.
         storage: where activations wait: 'auto', 'device', 'host', 'disk'.
         progress: called with a `planish.log.Event` after each span.
@@ -154,7 +157,7 @@ def quantize(
     Raises:
         PlanishError: for anything wrong with the request, before any work.
     """
-    resolved = resolve(model, recipe, scheme, **request)
+    resolved = resolve(model, recipe, scheme, **_with_batch(recipe, batch_size, request))
     run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
     found: dict[str, QTensor] = {}
     run.execute(lambda name, quantized: found.update({name: quantized.to("cpu")}))
@@ -191,7 +194,7 @@ def quantize_to(
         The manifest, also written as run.json.
     """
     writer = CheckpointWriter(out, overwrite=overwrite)
-    resolved = resolve(model, recipe, scheme, **request)
+    resolved = resolve(model, recipe, scheme, **_with_batch(recipe, batch_size, request))
     run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
     if announce:
         announce(resolved)
@@ -210,10 +213,19 @@ def quantize_to(
                 writer.add(name, resolved.source.get(name))
         manifest = _manifest(resolved, run, figures)
         every = {name: resolved.schemes.get(name) for name in resolved.shapes}
-        config = {**resolved.source.config.to_diff_dict(), "quantization_config": resolved.format.config(every)}
-        files = {**side_files(resolved.source.folder, run.tokenizer), "run.json": manifest.to_dict()}
-        writer.finish(config, files, verify=lambda folder: verify_folder(folder, digests))
+        source, skeleton = resolved.source, resolved.source.skeleton()
+        config = config_of(source.config, skeleton, source.dtype, resolved.format.config(every))
+        files = side_files(source.folder, skeleton, run.tokenizer)
+        writer.finish(
+            config, {**files, "run.json": manifest.to_dict()}, verify=lambda folder: verify_folder(folder, digests)
+        )
     return manifest
+
+
+def _with_batch(recipe: str, batch_size: int | None, request: dict[str, Any]) -> dict[str, Any]:
+    """The request with `batch_size` as a key of the recipe, if the recipe takes steps at all."""
+    takes_it = batch_size is not None and "batch_size" in describe(recipe)["keys"]
+    return {**request, "batch_size": batch_size} if takes_it else request
 
 
 def _prepare(
@@ -232,7 +244,7 @@ def _prepare(
         recipe=resolved.recipe,
         schemes=resolved.schemes,
         device=compute_device(device),
-        micro_batch=batch_size or 8,
+        micro_batch=8 if batch_size is None else batch_size,
         seed=seed,
         storage=storage,
         progress=progress,
@@ -323,8 +335,8 @@ def save(
             writer.add(key, tensor)
         tokenizer = tokenizer or tokenizer_of(model)
         return writer.finish(
-            config_of(model, chosen.config(schemes)),
-            side_files(None, tokenizer),
+            config_of(model.config, model, model.dtype, chosen.config(schemes)),
+            side_files(None, model, tokenizer),
             verify=lambda folder: verify_folder(folder, digests),
         )
 

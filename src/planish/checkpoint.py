@@ -111,6 +111,7 @@ class CheckpointWriter:
         shard = self._partial / f"shard-{len(self._shards)}"
         with self._reporting():
             save_file(self._pending, shard, metadata={"format": "pt"})
+            shard.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(shard)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes

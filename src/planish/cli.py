@@ -94,7 +94,7 @@ def quantize(
     ignore: Annotated[list[str] | None, _optional("Linears to leave in 16 bits.", metavar="REGEX")] = None,
     format: Annotated[str, Option(help="On disk: auto, auto_round, gptq, gptq_v2, native.")] = "auto",
     device: Device = None,
-    batch_size: Annotated[int | None, _optional("Windows at once; what fits if not given.")] = None,
+    batch_size: Annotated[int | None, _optional("Windows a step; the recipe's own if not given.")] = None,
     seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,
     revision: Annotated[str | None, _optional("Of a hub model.")] = None,
     storage: Annotated[str, Option(help="Where activations wait: auto, device, host, disk.")] = "auto",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import discover, linears
 from planish.errors import PlanishError
@@ -125,9 +125,16 @@ def plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def config_of(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a model, with how it is quantized."""
-    return {**model.config.to_diff_dict(), "quantization_config": dict(quantization_config)}
+def config_of(
+    config: PreTrainedConfig, model: PreTrainedModel, dtype: torch.dtype, quantization_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json: a configuration, with class and dtype as save_pretrained() gives them, and how it is quantized."""
+    return {
+        "architectures": [type(model).__name__],
+        **config.to_diff_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": dict(quantization_config),
+    }
 
 
 def tokenizer_of(model: PreTrainedModel) -> Any:
@@ -138,12 +145,17 @@ def tokenizer_of(model: PreTrainedModel) -> Any:
         return None
 
 
-def side_files(folder: Path | None, tokenizer: Any) -> dict[str, str | Path]:
-    """What goes beside the tensors, by file name: copied from a folder, else written by the tokenizer."""
+def side_files(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -> dict[str, str | Path]:
+    """What goes beside the tensors, by file name: copied from a folder, else as model and tokenizer write it."""
     if folder is not None:
         return {file.name: file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()}
+    files: dict[str, str | Path] = {}
+    if model.generation_config is not None:
+        files["generation_config.json"] = model.generation_config.to_json_string()
     if tokenizer is None:
-        return {}
+        return files
     with tempfile.TemporaryDirectory() as written:
         tokenizer.save_pretrained(written)
-        return {file.name: file.read_text(encoding="utf-8") for file in Path(written).iterdir() if file.is_file()}
+        return files | {
+            file.name: file.read_text(encoding="utf-8") for file in Path(written).iterdir() if file.is_file()
+        }

@@ -50,6 +50,8 @@ class Run:
     ids: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise PlanishError(f"a batch size of {self.micro_batch}; at least 1 sample at a time is needed")
         self.dtype = compute_dtype(self.source.dtype, self.device)
         if not self.recipe.needs_data:
             return

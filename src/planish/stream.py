@@ -8,8 +8,10 @@ live on the device, in host memory or in a file, and are read and written in sli
 Knows nothing of quantizers: a block is any module that maps hidden states to hidden states.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +106,6 @@ class BlockStream:
         first, self.arguments = record(model, blocks, ids[:1].to(device), every_block=True)
         shape = (len(ids), *first.shape[1:])
         self.storage = _choose(storage, shape, first.dtype, device)
-        self._files: list[Any] = []
         self.fp = self._allocate(shape, first.dtype)
         for part in self.parts():
             self.fp[part] = record(model, blocks, ids[part].to(device), every_block=False)[0].to(self.fp.device)
@@ -118,14 +119,11 @@ class BlockStream:
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self.storage == "host":
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        # it lives as long as the stream, longer than a with-block could
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            prefix="planish-stream-", dir=self._directory
-        )
-        self._files.append(file)
-        numel = torch.Size(shape).numel()
-        file.truncate(numel * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
+        # mapped, then unlinked: the room is given back with the tensor, or when the process dies
+        size = torch.Size(shape).numel()
+        with tempfile.NamedTemporaryFile(prefix="planish-stream-", dir=self._directory) as file:
+            _reserve(file.fileno(), size * dtype.itemsize, Path(file.name).parent)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
     def parts(self) -> Iterator[slice]:
         for start in range(0, len(self), self.micro_batch):
@@ -142,6 +140,20 @@ class BlockStream:
         for part in self.parts():
             hidden = stream[part].to(self.device, non_blocking=True)
             stream[part] = self.run(block, index, hidden).to(stream.device)
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
+    """Make a file so long; on a full disk that fails here, where a hole in a mapped file would kill the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        raise PlanishError(
+            f"no room for {size / 1e9:.2f} GB of activations in {folder} ({error.strerror}); "
+            "set TMPDIR to a larger disk, or use --storage host"
+        ) from error
 
 
 def _choose(storage: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

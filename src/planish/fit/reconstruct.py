@@ -91,9 +91,10 @@ class Samples:
         self._queue = self.rest[:0]
 
     def next(self) -> Tensor:
-        """Indices of the next batch; every sample comes once before any comes again."""
+        """Indices of the next batch; every sample comes once an epoch, and an epoch may end within a batch."""
         if len(self._queue) < self.batch_size:
-            self._queue = self.rest[torch.randperm(len(self.rest), generator=self._generator)]
+            shuffled = self.rest[torch.randperm(len(self.rest), generator=self._generator)]
+            self._queue = torch.cat([self._queue, shuffled])
         batch, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
         return batch
 

@@ -37,6 +37,8 @@ def find(name: str) -> tuple[Callable[..., Recipe], Mapping[str, Mapping[str, An
     path, sep, attribute = name.rpartition(":")
     if sep and path.endswith(".py"):
         return _from_file(Path(path), attribute), {"default": {}}
+    if name.endswith(".py"):
+        raise PlanishError(f"{name} names no function; write it as {name}:mine")
     if name not in RECIPES:
         raise PlanishError(f"no recipe {name!r}: {nearest(name, RECIPES)}")
     return RECIPES[name], PRESETS[name]

@@ -33,7 +33,7 @@ def signround(
     target: str = "float",
     span: int = 3,
     holdout: int = 8,
-    steps_batch: int = 8,
+    batch_size: int = 8,
     compile: bool | None = None,
 ) -> Recipe:
     """Learned rounding and range by signed gradient descent, a few blocks at a time.
@@ -50,13 +50,13 @@ def signround(
         target: "float" (the blocks on the float prefix) or "quantized" (on the quantized prefix).
         span: consecutive blocks fitted together.
         holdout: samples held out to choose the state that is kept.
-        steps_batch: samples a step.
+        batch_size: samples a step.
         compile: fuse the blocks' elementwise work by torch.compile; by the model's size if not given.
     """
-    rate = 2 / steps if rate is None else rate
+    rate = 2 / max(steps, 1) if rate is None else rate
     fit = Reconstruct(
         steps=steps,
-        batch_size=steps_batch,
+        batch_size=batch_size,
         target=target,
         trim=trim,
         holdout=holdout,

@@ -1,0 +1,165 @@
+"""Recipes by name, preset and key: what is typed is read as its type, what is mistyped gets the nearest."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planish.errors import PlanishError
+from planish.fit.reconstruct import Reconstruct
+from planish.fit.spans import Stage
+from planish.quant import MinMax, Nearest, Offset, Searched
+from planish.recipes import PRESETS, RECIPES, Recipe, build, describe, split_preset
+from planish.recipes.signround import signround
+
+EVERY_PRESET = [(name, preset) for name in RECIPES for preset in PRESETS[name]]
+
+
+def fit_of(recipe: Recipe) -> Reconstruct:
+    (stage,) = recipe.stages
+    assert stage.fit is not None
+    return stage.fit
+
+
+@pytest.mark.parametrize(("name", "preset"), EVERY_PRESET)
+def test_every_preset_builds(name: str, preset: str) -> None:
+    recipe = build(name, preset)
+    assert recipe.name == name and all(isinstance(stage, Stage) for stage in recipe.stages)
+    own, data = split_preset(name, preset)
+    assert own.keys() | data.keys() == PRESETS[name][preset].keys() and data.keys() <= {"samples", "seqlen"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_explains_itself(name: str) -> None:
+    facts = describe(name)
+    assert facts["summary"].endswith(".") and facts["equation"]
+    keys = inspect.signature(RECIPES[name]).parameters
+    assert facts["help"].keys() == facts["keys"].keys() == keys.keys(), "every key has its line under Args"
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in keys.values())
+    assert "default" in facts["presets"]
+
+
+def test_rtn_is_the_start_itself() -> None:
+    (plain,), (searched,) = build("rtn").stages, build("rtn", "best").stages
+    assert (plain.range, plain.rounding, plain.fit, plain.needs_data) == (MinMax, Nearest, None, False)
+    assert (searched.range, searched.fit, searched.needs_data) == (Searched, None, True)
+
+
+def test_signround_defaults_and_presets() -> None:
+    fit = fit_of(build("signround"))
+    assert (fit.steps, fit.batch_size, fit.optimizer, fit.target) == (200, 8, "signsgd", "float")
+    assert build("signround").stages[0].rounding is Offset and build("signround").needs_data
+    assert [fit_of(build("signround", preset)).steps for preset in ("fast", "light", "best")] == [20, 50, 1000]
+    paper = fit_of(build("signround", "paper"))
+    assert (paper.rates["rounding"], paper.trim, paper.span, paper.steps) == (5e-3, 0, 1, 200)
+    assert not build("signround", "paper").stages[0].importance
+    assert split_preset("signround", "best")[1] == {"samples": 512}
+
+
+def test_keys_win_over_the_preset_and_the_rate_follows_the_steps() -> None:
+    assert fit_of(build("signround", "fast", {"steps": 100})).rates["rounding"] == pytest.approx(0.02)
+    assert fit_of(build("signround", "fast")).rates["rounding"] == pytest.approx(0.1)
+    rates = fit_of(build("signround", None, {"rate": 0.3, "range_rate": 0.07})).rates
+    assert (rates["rounding"], rates["range"]) == (0.3, 0.07)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("steps", "30", 30),
+        ("trim", "0.01", 0.01),
+        ("trim", "0", 0.0),
+        ("rate", "1e-3", 1e-3),
+        ("target", "quantized", "quantized"),
+        *[("compile", text, True) for text in ("true", "True", "1", "yes")],
+        *[("compile", text, False) for text in ("false", "FALSE", "0", "no")],
+    ],
+)
+def test_text_is_read_as_the_keys_type(key: str, text: str, expected: Any) -> None:
+    fit = fit_of(build("signround", None, {key: text}))
+    found = fit.rates["rounding"] if key == "rate" else getattr(fit, key)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_values_that_have_their_type_pass_through() -> None:
+    fit = fit_of(build("signround", None, {"steps": 30, "compile": None, "rate": 0.5}))
+    assert (fit.steps, fit.compile, fit.rates["rounding"]) == (30, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "keys", "said"),
+    [
+        ("signrond", None, {}, "no recipe 'signrond': did you mean 'signround'?"),
+        ("awq", None, {}, "no recipe 'awq': there is: rtn, signround"),
+        ("signround", "fats", {}, "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
+        ("rtn", "paper", {}, "recipe 'rtn' has no preset 'paper'"),
+        ("signround", None, {"stepps": 3}, "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
+        ("rtn", None, {"steps": 3}, "recipe 'rtn' has no key 'steps': there is: search"),
+        ("signround", None, {"steps": "many"}, "steps='many' isn't a number"),
+        ("signround", None, {"steps": "2.5"}, "steps='2.5' isn't a number"),
+        ("signround", None, {"trim": "few"}, "trim='few' isn't a number"),
+        ("signround", None, {"compile": "perhaps"}, "compile='perhaps' isn't true or false"),
+        ("signround", None, {"target": "flaot"}, "target='flaot': did you mean 'float'?"),
+        ("signround", None, {"trim": "2"}, "trim=2.0 isn't a share"),
+        ("signround", None, {"steps": "0"}, "steps, batch size, holdout, checks and span must be 1 or more"),
+        ("signround", None, {"span": -1}, "must be 1 or more"),
+    ],
+)
+def test_refusals(name: str, preset: str | None, keys: dict, said: str) -> None:
+    with pytest.raises(PlanishError) as error:
+        build(name, preset, keys)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+MINE = """
+from planish.fit.spans import Stage
+from planish.recipes import Recipe
+
+
+def mine(*, name: str = "mine", untyped=3):
+    '''A recipe of my own.'''
+    assert untyped in (3, "4")
+    return Recipe(name=name, stages=(Stage(name="one"),))
+
+
+def wrong():
+    return "rtn"
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_recipe_of_the_users_own(mine: None, tmp_path: Path) -> None:
+    assert build("./mine.py:mine").name == build(f"{tmp_path}/mine.py:mine", "default").name == "mine"
+    assert build("mine.py:mine", None, {"name": "other", "untyped": "4"}).name == "other"
+    assert describe("./mine.py:mine")["summary"] == "A recipe of my own."
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "keys", "said"),
+    [
+        ("./nowhere.py:mine", None, {}, "no such recipe file: nowhere.py"),
+        ("./mine.py:other", None, {}, "mine.py has no function 'other'"),
+        ("./mine.py:number", None, {}, "mine.py has no function 'number'"),
+        ("./mine.py:wrong", None, {}, "'./mine.py:wrong' returned str, not a planish.recipes.Recipe"),
+        ("./mine.py:mine", "fast", {}, "recipe './mine.py:mine' has no preset 'fast': did you mean 'default'?"),
+        ("./mine.py:mine", None, {"nam": "x"}, "recipe './mine.py:mine' has no key 'nam': did you mean 'name'?"),
+        ("./mine.py", None, {}, "./mine.py names no function; write it as ./mine.py:mine"),
+    ],
+)
+def test_refusals_of_the_users_own(mine: None, name: str, preset: str | None, keys: dict, said: str) -> None:
+    with pytest.raises(PlanishError) as error:
+        build(name, preset, keys)
+    assert said in str(error.value)
+
+
+def test_signround_may_be_called_as_it_is() -> None:
+    assert fit_of(signround(steps=7)).steps == 7

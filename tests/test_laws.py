@@ -1,0 +1,159 @@
+"""The laws that hold over whole registries, so that a new slot or recipe is tested without a new line.
+
+Law 1: conversion is exact. Law 5: a fit is never worse than where it started. Law 2 is kept in
+formats/test_formats.py, law 3 in kernels/test_kernels.py.
+"""
+
+import functools
+import itertools
+import math
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import planish
+from planish import quant
+from planish.log import Event
+from planish.quant import Fixed, MinMax, Nearest, Offset, QLinear, Quantizer, Searched, TunedMinMax
+from planish.recipes import RECIPES, build, describe
+from planish.scheme import Scheme
+
+WEIGHTS = {"fixed": Fixed}
+RANGES: dict[str, Callable[..., nn.Module]] = {
+    "minmax": MinMax,
+    "searched": Searched,
+    "tuned": TunedMinMax,
+    "tuned-from-minmax": functools.partial(TunedMinMax, search=False),
+}
+ROUNDINGS = {"nearest": Nearest, "offset": Offset}
+SCHEMES = [
+    Scheme(bits=bits, group_size=group, symmetric=symmetric)
+    for bits, group, symmetric in itertools.product([2, 3, 4, 8], [32, 64, 128, None], [True, False])
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# one that all groups divide, and a ragged one
+SHAPES = [(6, 256), (5, 200)]
+
+
+def test_every_slot_is_here() -> None:
+    exported = {getattr(quant, name) for name in quant.__all__}
+    slots = {kind for kind in exported if issubclass(kind, nn.Module)} - {Quantizer, QLinear}
+    assert slots == {*WEIGHTS.values(), *ROUNDINGS.values(), MinMax, Searched, TunedMinMax}
+
+
+def quantizer_of(weight: Tensor, scheme: Scheme, weight_slot: str, range_slot: str, rounding_slot: str) -> Quantizer:
+    """A quantizer whose parameters are nowhere near their start."""
+    generator = torch.Generator().manual_seed(1)
+    quantizer = Quantizer(
+        weight,
+        scheme,
+        weight_slot=WEIGHTS[weight_slot],
+        range_slot=RANGES[range_slot],
+        rounding_slot=ROUNDINGS[rounding_slot],
+        importance=torch.rand(weight.shape[1], generator=generator),
+    )
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter += 0.4 * torch.randn(parameter.shape, generator=generator)
+    return quantizer.to(weight.device)
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Weights with a group of zeros, one of tiny values and one with an outlier."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 10
+    weight[0, :128], weight[1, :32], weight[2, 3] = 0, weight[1, :32] * 1e-6, 7
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("weight_slot", WEIGHTS)
+@pytest.mark.parametrize("range_slot", RANGES)
+@pytest.mark.parametrize("rounding_slot", ROUNDINGS)
+def test_law_1_conversion_is_exact(scheme: Scheme, weight_slot: str, range_slot: str, rounding_slot: str) -> None:
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        weight = weight_of(shape, dtype)
+        quantizer = quantizer_of(weight, scheme, weight_slot, range_slot, rounding_slot)
+        trained = quantizer.train()(weight)
+        quantized = quantizer.eval().quantize(weight)
+        assert torch.equal(quantized.dequantize(dtype), trained)
+        assert torch.equal(quantizer(weight), trained)
+        assert not scheme.symmetric or bool((quantized.scale < 0).any())
+        assert len(trained.unique()) > 2
+
+
+COMPILER = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler and Python's headers")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("text", "dtype"), [("w2g64", torch.bfloat16), ("w3g64asym", torch.float32)], ids=["sym", "asym"]
+)
+def test_law_1_holds_under_compile(text: str, dtype: torch.dtype, device: str) -> None:
+    # many groups: one that differs in a last bit of its scale is enough
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    quantizer = quantizer_of(weight, Scheme.parse(text), "fixed", "tuned", "offset")
+    trained = torch.compile(quantizer, fullgraph=True)(weight)
+    assert torch.equal(quantizer.quantize(weight).dequantize(dtype), trained)
+
+
+@functools.cache
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config)
+
+
+FITTED = [name for name in RECIPES if any(stage.fit for stage in build(name).stages)]
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+@pytest.mark.parametrize("scheme", ["w2g32", "w2g32asym", "w4pc"])
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("absurd", [False, True], ids=["usual rate", "absurd rate"])
+def test_law_5_a_fit_is_never_worse(recipe: str, scheme: str, span: int, absurd: bool) -> None:
+    known = describe(recipe)["keys"]
+    keys = {key: value for key, value in {"steps": 40, "span": span, "holdout": 3}.items() if key in known}
+    rates = {key: 1e6 for key in known if absurd and key.endswith("rate")}
+    assert rates or not absurd, "a recipe that fits has a rate to choose"
+    events: list[Event] = []
+    ids = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+    planish.quantize(
+        tiny_model(),
+        recipe,
+        scheme,
+        data=ids,
+        samples=12,
+        seqlen=16,
+        progress=events.append,
+        device="cpu",
+        **keys,
+        **rates,
+    )
+    losses = [(event.before, event.after) for event in events]
+    assert len(losses) == math.ceil(3 / keys.get("span", 1))
+    for before, after in losses:
+        assert before is not None and after is not None and math.isfinite(after)
+        assert after == before if absurd else after <= before
+    assert absurd or sum(after for _, after in losses) < 0.98 * sum(before for before, _ in losses)
