@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from planish.errors import PlanishError
 from planish.fit import spans
 from planish.fit.reconstruct import Outcome, Reconstruct
-from planish.fit.spans import Job, Stage, input_squares, run_stage, trial
+from planish.fit.spans import Job, Stage, input_moments, run_stage, trial
 from planish.log import Event
 from planish.qtensor import QTensor
 from planish.quant import MinMax, Offset, QLinear, TunedMinMax
@@ -142,6 +142,8 @@ def test_streams_end_where_the_float_and_the_quantized_model_do(name: str) -> No
     expected = forward(tiny())[-1]
     bench.run()
     torch.testing.assert_close(bench.stream.fp, expected, rtol=1e-5, atol=1e-5)
+    if STAGES[name].fit is None:
+        return  # nobody asks for the quantized stream
     torch.testing.assert_close(bench.stream.quant, forward(bench.model)[-1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(bench.stream.fp, bench.stream.quant, atol=1e-3)
 
@@ -223,13 +225,13 @@ def test_ranges_are_told_how_large_each_input_is(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_input_squares_leaves_no_hooks_behind() -> None:
+def test_input_moments_leaves_no_hooks_behind() -> None:
     linear = nn.Linear(4, 4)
     with pytest.raises(RuntimeError):
-        input_squares({"a": linear}, lambda: linear(torch.ones(1, 5)))
+        input_moments({"a": linear}, lambda: linear(torch.ones(1, 5)))
     assert not linear._forward_pre_hooks
-    assert input_squares({"a": linear}, lambda: linear(torch.full((2, 3, 4), 2.0)))["a"].tolist() == [4] * 4
-    assert input_squares({"a": linear}, lambda: None) == {}
+    assert input_moments({"a": linear}, lambda: linear(torch.full((2, 3, 4), 2.0)))["a"].tolist() == [4] * 4
+    assert input_moments({"a": linear}, lambda: None) == {}
 
 
 def test_what_went_wrong_is_in_the_event(monkeypatch: pytest.MonkeyPatch) -> None:

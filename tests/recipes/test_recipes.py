@@ -95,7 +95,7 @@ def test_values_that_have_their_type_pass_through() -> None:
         ("signround", "fats", {}, "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
         ("rtn", "paper", {}, "recipe 'rtn' has no preset 'paper'"),
         ("signround", None, {"stepps": 3}, "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
-        ("rtn", None, {"steps": 3}, "recipe 'rtn' has no key 'steps': there is: search"),
+        ("rtn", None, {"steps": 3}, "recipe 'rtn' has no key 'steps': there is: products, search"),
         ("signround", None, {"steps": "many"}, "steps='many' isn't a number"),
         ("signround", None, {"steps": "2.5"}, "steps='2.5' isn't a number"),
         ("signround", None, {"trim": "few"}, "trim='few' isn't a number"),

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.fit.reconstruct import Outcome, Reconstruct, reconstruct
 from planish.log import Clock, Event, Progress, peak_bytes
-from planish.qtensor import QTensor
+from planish.qtensor import QTensor, to_groups
 from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
 from planish.scheme import Scheme
 from planish.stream import BlockStream
 
 Sink = Callable[[str, QTensor], None]
+
+# a longer group's products cost more arithmetic than they are worth: g multiplications a weight and candidate
+PRODUCTS_GROUP = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,8 @@ class Stage:
         name: shown in progress.
         weight, range, rounding: what builds each slot, see `planish.quant`.
         fit: how a span is fitted, or None if the start is the result.
-        importance: whether the range slot asks for the mean square of each input.
+        importance: whether the range slot asks how much inputs matter: the mean square of each,
+        products: or, for groups of at most PRODUCTS_GROUP, the mean products of a group's inputs.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Stage:
     rounding: Callable[..., nn.Module] = Nearest
     fit: Reconstruct | None = None
     importance: bool = False
+    products: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -140,7 +145,7 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
         _replace(job, span, name, linears[name])
         job.sink(name, quantized)
     for index, block in span.items():
-        if job.stream is not None:
+        if job.stream is not None and job.stage.fit is not None:
             job.stream.advance(job.stream.quant, block, index)
         job.blocks.unload(index)
     return outcome
@@ -238,7 +243,9 @@ def _float_pass(
 
     importance: dict[str, Tensor] = {}
     if job.stage.importance:
-        importance = input_squares(linears, forward)
+        sizes = {name: job.schemes[name].group_in(linear.in_features) for name, linear in linears.items()}
+        small = {name: size for name, size in sizes.items() if size <= PRODUCTS_GROUP}
+        importance = input_moments(linears, forward, small if job.stage.products else None)
     else:
         forward()
     if target is not None:
@@ -255,23 +262,35 @@ def _replace(job: Job, span: Mapping[int, nn.Module], name: str, module: nn.Modu
             setattr(block.get_submodule(parent), leaf, module)
 
 
-def input_squares(linears: Mapping[str, nn.Linear], forward: Callable[[], None]) -> dict[str, Tensor]:
-    """Mean square of every input of each linear, fp32 [in], over all tokens of a forward pass."""
+def input_moments(
+    linears: Mapping[str, nn.Linear], forward: Callable[[], None], group_sizes: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """How much each linear's inputs matter, over all tokens of a forward pass.
+
+    Returns:
+        By name fp32 [in], the mean square of each input; for a linear in `group_sizes` [G, g, g], the mean
+        products of each group's inputs.
+    """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def hook(full: str) -> Callable[..., None]:
+    def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].detach().flatten(0, -2).float()
-            totals[full] = totals.get(full, 0) + rows.square().sum(0)
-            counts[full] = counts.get(full, 0) + len(rows)
+            if group_sizes and name in group_sizes:
+                groups = to_groups(rows, group_sizes[name]).transpose(0, 1)  # [G, tokens, g]
+                moment = groups.transpose(1, 2) @ groups
+            else:
+                moment = rows.square().sum(0)
+            totals[name] = totals.get(name, 0) + moment
+            counts[name] = counts.get(name, 0) + len(rows)
 
         return record
 
-    handles = [linear.register_forward_pre_hook(hook(full)) for full, linear in linears.items()]
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    return {full: totals[full] / counts[full] for full in totals}
+    return {name: totals[name] / counts[name] for name in totals}

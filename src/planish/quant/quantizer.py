@@ -28,7 +28,8 @@ class Quantizer(nn.Module):
         scheme: bits, group size, symmetry.
         weight_slot, range_slot, rounding_slot: what builds each slot; see `quant.weight`, `quant.range`,
             `quant.rounding`.
-        importance: fp32 [in], mean square of each input over calibration data, or None.
+        importance: fp32 [in], mean square of each input over calibration data; or [G, g, g], mean products of
+            the inputs of each group; or None.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Quantizer(nn.Module):
         self.group_size = scheme.group_in(weight.shape[1])
         self.weight = weight_slot(weight, scheme)
         groups = to_groups(self.weight(weight), self.group_size).detach()
-        if importance is not None:
+        if importance is not None and importance.ndim == 1:
             importance = to_groups(importance.float().unsqueeze(0), self.group_size)[0]
         self.range = range_slot(groups, scheme, importance)
         self.rounding = rounding_slot(groups, scheme)

@@ -1,10 +1,12 @@
 """Importance-weighted range search: the grid of each group that loses least.
 
-    argmin over (s, z) of  sum_j m_j (s (Q_j - z) - w_j)^2,      m_j = mean of x_j^2 over calibration tokens
+    argmin over (s, z) of  e^T H e,      e = s (Q - z) - w
 
-First a sweep over candidate ranges, then least squares for s with the codes held, a few times: the idea
-of AutoRound's opt-RTN and of llama.cpp's importance matrix, with both signs tried and either end of an
-asymmetric range shrunk by itself. No gradient, no model: one weight matrix at a time.
+H says how much the group's inputs matter: the diagonal of their mean squares (AutoRound's opt-RTN, llama.cpp's
+importance matrix), or all their mean products x x^T, so that e^T H e is the group's own share of the output's
+squared error, errors that cancel included. First a sweep over candidate ranges, both signs tried, either end of
+an asymmetric range shrunk by itself; then least squares for s with the codes held, a few times. No gradient, no
+model: one weight matrix at a time.
 """
 
 import torch
@@ -18,6 +20,7 @@ SYMMETRIC_SWEEP = torch.linspace(0.5, 1.9, 29).tolist()
 COMMON_SWEEP = torch.linspace(1.0, 0.25, 31).tolist()
 SINGLE_SWEEP = torch.linspace(1.15, 0.7, 16).tolist()
 REFITS = 3
+CPU_PART, GPU_PART = 2**17, 2**26  # weights at a time
 
 
 class Best:
@@ -29,8 +32,14 @@ class Best:
         self.error = self._error(scale, zero)
 
     def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
-        codes = encode(self.groups, scale, zero, self.bits)
-        return ((decode(codes, scale, zero) - self.groups).square() * self.importance).sum(-1, keepdim=True)
+        lost = decode(encode(self.groups, scale, zero, self.bits), scale, zero) - self.groups
+        return (self._weigh(lost) * lost).sum(-1, keepdim=True)
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        """H v for each group: [out, G, g]."""
+        if self.importance.ndim == 2:
+            return values * self.importance
+        return (values.transpose(0, 1) @ self.importance).transpose(0, 1)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
         scale = store(scale)
@@ -42,7 +51,7 @@ class Best:
     def refit(self) -> None:
         """Least squares for the scale, codes and zero point held."""
         levels = encode(self.groups, self.scale, self.zero, self.bits) - self.zero
-        weighted = levels * self.importance
+        weighted = self._weigh(levels)
         below = (weighted * levels).sum(-1, keepdim=True)
         above = (weighted * self.groups).sum(-1, keepdim=True)
         self.offer(torch.where(below > 0, above / below.clamp(min=1e-30), self.scale), self.zero)
@@ -56,15 +65,25 @@ def search_grid(
 
     Args:
         groups: weights [out, G, g].
-        importance: fp32 [G, g], the mean square of each input, or None for equal weights.
+        importance: fp32 [G, g], the mean square of each input; or [G, g, g], the mean products of a group's
+            inputs; or None for equal weights.
         scale, zero: where to start, fp32 [out, G, 1].
     """
-    weight = torch.ones_like(groups[:1], dtype=torch.float32) if importance is None else importance.unsqueeze(0)
-    best = Best(groups, weight, scheme.bits, scale, zero)
-    (_sweep_symmetric if scheme.symmetric else _sweep_asymmetric)(best, groups.float(), scheme.bits)
-    for _ in range(REFITS):
-        best.refit()
-    return best.scale, best.zero
+    if importance is None:
+        importance = torch.ones_like(groups[0], dtype=torch.float32)
+    sweep = _sweep_symmetric if scheme.symmetric else _sweep_asymmetric
+    # rows don't see one another: a few at a time stay in a CPU's cache, and bound a GPU's memory
+    size = CPU_PART if groups.device.type == "cpu" else GPU_PART
+    rows = max(1, size // groups[0].numel())
+    found = []
+    for part, part_scale, part_zero in zip(groups.split(rows), scale.split(rows), zero.split(rows), strict=True):
+        best = Best(part, importance, scheme.bits, part_scale, part_zero)
+        sweep(best, part.float(), scheme.bits)
+        for _ in range(REFITS):
+            best.refit()
+        found.append((best.scale, best.zero))
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(zeros)
 
 
 def _sweep_symmetric(best: Best, groups: Tensor, bits: int) -> None:
