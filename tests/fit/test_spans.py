@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from planish.errors import PlanishError
@@ -144,7 +145,9 @@ def test_streams_end_where_the_float_and_the_quantized_model_do(name: str) -> No
     torch.testing.assert_close(bench.stream.fp, expected, rtol=1e-5, atol=1e-5)
     if STAGES[name].fit is None:
         return  # nobody asks for the quantized stream
-    torch.testing.assert_close(bench.stream.quant, forward(bench.model)[-1], rtol=1e-5, atol=1e-5)
+    # where nothing is fitted, nobody asks for the quantized stream and it stays where it is
+    wanted = forward(bench.model)[-1] if STAGES[name].fit else bench.model.model.embed_tokens(IDS)
+    torch.testing.assert_close(bench.stream.quant, wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(bench.stream.fp, bench.stream.quant, atol=1e-3)
 
 
@@ -232,6 +235,34 @@ def test_input_moments_leaves_no_hooks_behind() -> None:
     assert not linear._forward_pre_hooks
     assert input_moments({"a": linear}, lambda: linear(torch.full((2, 3, 4), 2.0)))["a"].tolist() == [4] * 4
     assert input_moments({"a": linear}, lambda: None) == {}
+
+
+def test_products_are_those_of_each_groups_inputs_and_padding_is_zero() -> None:
+    linear, x = nn.Linear(20, 4), torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
+    found = input_moments({"a": linear, "b": linear}, lambda: linear(x), {"a": 8})
+    assert found["a"].shape == (3, 8, 8) and found["b"].shape == (20,)
+    flat = functional.pad(x.flatten(0, 1), (0, 4)).unflatten(1, (3, 8))
+    torch.testing.assert_close(found["a"], torch.einsum("tgi,tgj->gij", flat, flat) / 6)
+    torch.testing.assert_close(found["a"].diagonal(dim1=1, dim2=2).flatten()[:20], found["b"])
+    assert bool((found["a"][2, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_long_groups_are_told_squares_only(monkeypatch: pytest.MonkeyPatch, products: bool) -> None:
+    told = []
+
+    class Told(MinMax):
+        def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
+            super().__init__(groups, scheme)
+            assert importance is not None
+            told.append(tuple(importance.shape))
+
+    monkeypatch.setattr(spans, "PRODUCTS_GROUP", 64)
+    bench = Bench(Stage(name="test", range=Told, importance=True, products=products), layers=1)
+    bench.job = dataclasses.replace(bench.job, schemes=dict.fromkeys(bench.linears, Scheme.parse("w4pc")))
+    bench.run()
+    # rows of 64 inputs but for down_proj's 96
+    assert told == [(1, 64, 64) if products else (1, 64)] * 6 + [(1, 96)]
 
 
 def test_what_went_wrong_is_in_the_event(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ def test_slots_get_groups_and_the_importance_of_each_input() -> None:
     Quantizer(weight, W2, range_slot=Recorded, importance=torch.arange(80.0))
     assert seen["groups"].shape == (8, 3, 32) and seen["groups"].dtype == torch.bfloat16
     assert torch.equal(seen["importance"].flatten(), torch.cat([torch.arange(80.0), torch.zeros(16)]))
+    products = torch.rand(3, 32, 32)
+    Quantizer(weight, W2, range_slot=Recorded, importance=products)
+    assert seen["importance"] is products
     Quantizer(weight, W2, range_slot=Recorded)
     assert seen["importance"] is None
 

@@ -20,7 +20,7 @@ SYMMETRIC_SWEEP = torch.linspace(0.5, 1.9, 29).tolist()
 COMMON_SWEEP = torch.linspace(1.0, 0.25, 31).tolist()
 SINGLE_SWEEP = torch.linspace(1.15, 0.7, 16).tolist()
 REFITS = 3
-CPU_PART, GPU_PART = 2**17, 2**26  # weights at a time
+CPU_PART, GPU_PART = 2**18, 2**26  # weights at a time
 
 
 class Best:
