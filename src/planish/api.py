@@ -196,6 +196,8 @@ def quantize_to(
     writer = CheckpointWriter(out, overwrite=overwrite)
     resolved = resolve(model, recipe, scheme, **_with_batch(recipe, batch_size, request))
     run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
+    if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
+        raise PlanishError(f"{out} is the model itself; write to another folder")
     if announce:
         announce(resolved)
     digests: dict[str, str] = {}

@@ -26,7 +26,7 @@ from planish.errors import PlanishError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-Content = str | Path | Mapping[str, Any]
+Content = str | bytes | Path | Mapping[str, Any]
 
 
 class CheckpointWriter:
@@ -41,8 +41,7 @@ class CheckpointWriter:
         PlanishError: if `out` exists and isn't an empty folder (unless `overwrite`), or can't be written.
     """
 
-    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False,
-                 shard_bytes: int = 1 << 29) -> None:
+    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = 1 << 29) -> None:
         self.out = Path(out).resolve()
         self.shard_bytes = shard_bytes
         _refuse_existing(self.out, overwrite)
@@ -60,8 +59,9 @@ class CheckpointWriter:
             self._partial.mkdir()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._replaced.exists() and not self.out.exists():  # interrupted between the two renames
             self._replaced.rename(self.out)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -80,13 +80,17 @@ class CheckpointWriter:
         self._pending[name] = _alone(tensor)
         self._pending_bytes += tensor.nbytes
 
-    def finish(self, config: Mapping[str, Any], extra_files: Mapping[str, Content] | None = None,
-               verify: Callable[[Path], None] | None = None) -> Path:
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        extra_files: Mapping[str, Content] | None = None,
+        verify: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Complete the checkpoint and give it its final name.
 
         Args:
             config: config.json.
-            extra_files: file name -> text, a file to copy, or a mapping to write as JSON.
+            extra_files: file name -> text or bytes, a file to copy, or a mapping to write as JSON.
             verify: called with the folder when it is whole but doesn't have its final name yet; what it
                 raises leaves nothing behind.
 
@@ -153,8 +157,9 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise PlanishError(f"{out} exists and isn't empty; choose another folder, or --overwrite")
     if not (out / "config.json").is_file():  # replacing deletes: never a folder of something else
-        raise PlanishError(f"{out} is no checkpoint (it has no config.json) and won't be overwritten; "
-                           "choose another folder")
+        raise PlanishError(
+            f"{out} is no checkpoint (it has no config.json) and won't be overwritten; choose another folder"
+        )
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -166,6 +171,8 @@ def _alone(tensor: Tensor) -> Tensor:
 def _write(path: Path, content: Content) -> None:
     if isinstance(content, Path):
         shutil.copyfile(content, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     else:
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -23,8 +23,9 @@ from planish.errors import PlanishError
 if TYPE_CHECKING:
     from planish.log import Event
 
-app = typer.Typer(name="planish", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
-                  pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="planish", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 
 # a paragraph of help that begins with a backspace keeps its indentation
 _OVERVIEW = """
@@ -59,7 +60,6 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
 KEY=VALUE sets a recipe's own keys: see planish recipes signround. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
 """
-
 
 
 def _optional(text: str, **more: Any) -> Any:
@@ -105,11 +105,27 @@ def quantize(
     from planish import api
 
     api.quantize_to(
-        model, out, recipe, _scheme(scheme, bits), preset=preset, data=data, samples=samples, seqlen=seqlen,
-        layers=tuple(layers or ()), ignore=tuple(ignore or ()), format=format, device=device,
-        batch_size=batch_size, seed=seed, revision=revision, storage=storage, overwrite=overwrite,
-        announce=lambda resolved: _say("\n".join(resolved.summary())), progress=show_event,
-        **_keys(pairs or []))
+        model,
+        out,
+        recipe,
+        _scheme(scheme, bits),
+        preset=preset,
+        data=data,
+        samples=samples,
+        seqlen=seqlen,
+        layers=tuple(layers or ()),
+        ignore=tuple(ignore or ()),
+        format=format,
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+        revision=revision,
+        storage=storage,
+        overwrite=overwrite,
+        announce=lambda resolved: _say("\n".join(resolved.summary())),
+        progress=show_event,
+        **_keys(pairs or []),
+    )
     _say(f"wrote {out} ({_size(_disk_bytes(out))}); next: planish eval {out} --seqlen 512")
 
 
@@ -190,7 +206,7 @@ def generate(
     ids = prompt_ids(tokenizer, prompt, raw=raw).to(loaded.device)
     with torch.no_grad():
         output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling)
-    _say(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True))
+    _say(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @app.command(no_args_is_help=True)
@@ -221,8 +237,10 @@ def info(
         stored = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
         _say(f"{_size(stored)} on disk, {8 * stored / count:.2f} bits a weight with embeddings")
         if manifest := RunManifest.read(source.folder):
-            _say(f"made by {manifest.recipe} {_pairs(manifest.keys)} of {manifest.model}, data {manifest.data}: "
-                 f"{manifest.samples} x {manifest.seqlen} tokens, seed {manifest.seed}")
+            _say(
+                f"made by {manifest.recipe} {_pairs(manifest.keys)} of {manifest.model}, data {manifest.data}: "
+                f"{manifest.samples} x {manifest.seqlen} tokens, seed {manifest.seed}"
+            )
     if quantized:
         _say(f"format {quantized.format.name}: {len(quantized.schemes)} of {len(shapes)} linears are quantized")
     _show_linears(shapes, schemes, every=linears)
@@ -260,8 +278,9 @@ def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> Any:
     if raw or not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")["input_ids"]
     turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt",
-                                         return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
 
 
 def _scheme(scheme: str | None, bits: int | None) -> str:

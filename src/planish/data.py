@@ -23,8 +23,10 @@ from torch import Tensor
 from planish import embedded
 from planish.errors import PlanishError
 
-_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
-                  r"(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?")
+_HUB = re.compile(
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
+    r"(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?"
+)
 
 # a hub data set may be endless: read this many times the characters asked for, so that the seed has a choice
 _HUB_CHOICE = 4
@@ -52,8 +54,9 @@ def tokens(tokenizer: Any, source: str | Path, *, at_most: int | None = None) ->
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int,
-            seed: int = 0) -> tuple[Tensor, str]:
+def windows(
+    tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int, seed: int = 0
+) -> tuple[Tensor, str]:
     """Windows to calibrate on, and a note for the user ("" if there is nothing to say).
 
     Args:
@@ -91,8 +94,9 @@ def split(ids: Tensor, seqlen: int, name: str = "the text") -> Tensor:
         PlanishError: if the ids are shorter than one window.
     """
     if len(ids) < seqlen:
-        raise PlanishError(f"{name} has {len(ids)} tokens, less than one window of {seqlen}; "
-                           "give a longer text or a smaller --seqlen")
+        raise PlanishError(
+            f"{name} has {len(ids)} tokens, less than one window of {seqlen}; give a longer text or a smaller --seqlen"
+        )
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import discover, linears
+from planish.checkpoint import Content
 from planish.errors import PlanishError
 from planish.formats import detect
 from planish.formats.format import Format
@@ -145,17 +146,15 @@ def tokenizer_of(model: PreTrainedModel) -> Any:
         return None
 
 
-def side_files(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -> dict[str, str | Path]:
+def side_files(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -> dict[str, Content]:
     """What goes beside the tensors, by file name: copied from a folder, else as model and tokenizer write it."""
     if folder is not None:
         return {file.name: file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()}
-    files: dict[str, str | Path] = {}
+    files: dict[str, Content] = {}
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string()
     if tokenizer is None:
         return files
     with tempfile.TemporaryDirectory() as written:
         tokenizer.save_pretrained(written)
-        return files | {
-            file.name: file.read_text(encoding="utf-8") for file in Path(written).iterdir() if file.is_file()
-        }
+        return files | {file.name: file.read_bytes() for file in Path(written).iterdir() if file.is_file()}

@@ -53,6 +53,10 @@ class Run:
         if self.micro_batch < 1:
             raise PlanishError(f"a batch size of {self.micro_batch}; at least 1 sample at a time is needed")
         self.dtype = compute_dtype(self.source.dtype, self.device)
+        if len(self.recipe.stages) != 1:
+            raise PlanishError(
+                f"recipe {self.recipe.name!r} has {len(self.recipe.stages)} stages; one is supported yet"
+            )
         if not self.recipe.needs_data:
             return
         if self.tokenizer is None and not isinstance(self.data, Tensor):
@@ -111,7 +115,13 @@ class Run:
         blocks = model.get_submodule(self.arch.blocks)
         assert isinstance(blocks, nn.ModuleList)
         stream = BlockStream(
-            decoder, blocks, self.ids, device=self.device, storage=self.storage, micro_batch=self.micro_batch
+            decoder,
+            blocks,
+            self.ids,
+            device=self.device,
+            storage=self.storage,
+            micro_batch=self.micro_batch,
+            quantized=self.recipe.stages[0].fit is not None,
         )
         for name in outside:
             self.source.unload(model.get_submodule(name))

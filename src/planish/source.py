@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from planish.arch import discover
 from planish.errors import PlanishError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -49,8 +50,7 @@ class Source(ABC):
         dtype: of the model's parameters.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, label: str,
-                 folder: Path | None) -> None:
+    def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, label: str, folder: Path | None) -> None:
         self.config = config
         self.label = label
         self.folder = folder
@@ -85,8 +85,9 @@ class Source(ABC):
         self._check_finite(name, tensor)
         return tensor.detach().to("cpu", copy=True)
 
-    def load(self, module: nn.Module, prefix: str, device: torch.device | str,
-             dtype: torch.dtype | None = None) -> None:
+    def load(
+        self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> None:
         """Fill the meta parameters of a part of the skeleton; parameters tied to them are filled too.
 
         Args:
@@ -149,8 +150,9 @@ class FolderSource(Source):
             keep their names on disk, and only `load` refuses what is missing.
     """
 
-    def __init__(self, folder: Path, *, label: str | None = None, trust_remote_code: bool = False,
-                 quantized: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, label: str | None = None, trust_remote_code: bool = False, quantized: bool = False
+    ) -> None:
         label = label or str(folder)
         config = _read_config(folder, label, trust_remote_code)
         self.quantization_config: dict[str, Any] | None = getattr(config, "quantization_config", None)
@@ -195,8 +197,13 @@ class FolderSource(Source):
     def _untie(self, model: PreTrainedModel) -> bool:
         """Give tied parameters that differ on disk their own; True if there were any."""
         pairs = [(group[0], name) for name, group in _ties(model).items() if name != group[0]]
-        apart = [name for first, name in pairs if first in self._places and name in self._places
-                 and not torch.equal(*dict(self._read([first, name])).values())]
+        apart = [
+            name
+            for first, name in pairs
+            if first in self._places
+            and name in self._places
+            and not torch.equal(*dict(self._read([first, name])).values())
+        ]
         for name in apart:
             _put(model, name, _empty(model.get_parameter(name)))
         return bool(apart)
@@ -207,11 +214,16 @@ class FolderSource(Source):
             if place is None:
                 if quantized:
                     continue
-                raise PlanishError(f"{self.label}: the tensor {name} is missing; get the checkpoint again, "
-                                   "or load it with transformers and pass the model")
+                discover(self._model)  # what it refuses (fused experts, no blocks) is the better reason
+                raise PlanishError(
+                    f"{self.label}: the tensor {name} is missing; get the checkpoint again, "
+                    "or load it with transformers and pass the model"
+                )
             if place.shape != parameter.shape:
-                raise PlanishError(f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
-                                   f"{list(parameter.shape)}; get the checkpoint again")
+                raise PlanishError(
+                    f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
+                    f"{list(parameter.shape)}; get the checkpoint again"
+                )
 
     def _fill_buffers(self) -> None:
         """Persistent buffers come from disk; one that the model itself didn't start either is refused."""
@@ -221,8 +233,10 @@ class FolderSource(Source):
             _put(self._model, name, tensor.clone())
         for name in names:
             if _is_poisoned(self._model.get_buffer(name)):
-                raise PlanishError(f"{self.label}: the buffer {name} can't be computed without the weights; "
-                                   "load it with transformers and pass the model")
+                raise PlanishError(
+                    f"{self.label}: the buffer {name} can't be computed without the weights; "
+                    "load it with transformers and pass the model"
+                )
 
 
 class MemorySource(Source):
@@ -231,8 +245,9 @@ class MemorySource(Source):
     def __init__(self, model: PreTrainedModel, *, label: str | None = None) -> None:
         label = label or type(model).__name__
         _refuse_quantized(model.config, label)
-        self._tensors = {name: value for name, value in model.state_dict(keep_vars=True).items()
-                         if isinstance(value, Tensor)}
+        self._tensors = {
+            name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)
+        }
         for name, tensor in self._tensors.items():
             if tensor.is_meta:
                 raise PlanishError(f"{label}: {name} is on the meta device; load the model whole")
@@ -259,8 +274,11 @@ class GgufSource(MemorySource):
         self._path = path
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.bfloat16,
-                quantization_config=transformers.GgufConfig(dequantize=True))
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+            )
         except ImportError as error:
             raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
         except Exception as error:  # a damaged file can raise anything
@@ -272,8 +290,9 @@ class GgufSource(MemorySource):
         return transformers.AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
 
 
-def open_source(model: str | os.PathLike[str] | PreTrainedModel, *, revision: str | None = None,
-                trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | os.PathLike[str] | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """Open what is to be quantized.
 
     Args:
@@ -288,15 +307,17 @@ def open_source(model: str | os.PathLike[str] | PreTrainedModel, *, revision: st
         return MemorySource(model)
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        warnings.warn(f"{model}: the weights of a GGUF were quantized once; prefer the original",
-                      QuantizedOnceWarning, stacklevel=2)
+        warnings.warn(
+            f"{model}: the weights of a GGUF were quantized once; prefer the original",
+            QuantizedOnceWarning,
+            stacklevel=2,
+        )
         return GgufSource(path)
     folder = find_folder(model, revision=revision, trust_remote_code=trust_remote_code)
     return FolderSource(folder, label=os.fspath(model), trust_remote_code=trust_remote_code)
 
 
-def find_folder(model: str | os.PathLike[str], *, revision: str | None = None,
-                trust_remote_code: bool = False) -> Path:
+def find_folder(model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """The folder of a model: the one named, or where a hub id was downloaded to.
 
     Raises:
@@ -308,8 +329,9 @@ def find_folder(model: str | os.PathLike[str], *, revision: str | None = None,
     if path.is_dir():
         return path
     if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(label):
-        raise PlanishError(f"no such folder: {label}; give a Hugging Face folder, a hub id such as org/name, "
-                           "or a .gguf file")
+        raise PlanishError(
+            f"no such folder: {label}; give a Hugging Face folder, a hub id such as org/name, or a .gguf file"
+        )
     return _download(label, revision, trust_remote_code)
 
 
@@ -318,11 +340,11 @@ def _download(hub_id: str, revision: str | None, code: bool) -> Path:
 
     patterns = _HUB_FILES + ["*.py"] * code
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns,
-                                      ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        raise PlanishError(f"no such folder: {hub_id}, nor does the hub give such a model "
-                           f"({_first_line(error)}); check the name") from error
+        raise PlanishError(
+            f"no such folder: {hub_id}, nor does the hub give such a model ({_first_line(error)}); check the name"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -335,8 +357,10 @@ def _read_config(folder: Path, label: str, code: bool) -> PreTrainedConfig:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (ValueError, KeyError, OSError) as error:
-        raise PlanishError(f"{label}: transformers can't read config.json ({_first_line(error)}); "
-                           "a model with code of its own needs trust_remote_code") from error
+        raise PlanishError(
+            f"{label}: transformers can't read config.json ({_first_line(error)}); "
+            "a model with code of its own needs trust_remote_code"
+        ) from error
     return config
 
 
@@ -402,8 +426,9 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool)
             break
         except ValueError as error:
             if auto is autos[-1]:
-                raise PlanishError(f"{label}: transformers makes no language model of it "
-                                   f"({_first_line(error)})") from error
+                raise PlanishError(
+                    f"{label}: transformers makes no language model of it ({_first_line(error)})"
+                ) from error
     for part in model.modules():
         for leaf, buffer in list(part.named_buffers(recurse=False)):
             if buffer.is_meta:

@@ -86,6 +86,7 @@ class BlockStream:
         device: where blocks run. storage: where the streams live, one of STORAGES; "auto" is the device
             if both take less than a third of its free memory, else the host.
         micro_batch: samples in one forward pass.
+        quantized: whether the quantized stream is needed too; if not, `quant` is empty.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class BlockStream:
         device: torch.device,
         storage: str = "auto",
         micro_batch: int = 8,
+        quantized: bool = True,
         directory: str | None = None,
     ) -> None:
         if storage not in STORAGES:
@@ -109,7 +111,7 @@ class BlockStream:
         self.fp = self._allocate(shape, first.dtype)
         for part in self.parts():
             self.fp[part] = record(model, blocks, ids[part].to(device), every_block=False)[0].to(self.fp.device)
-        self.quant = self._allocate(shape, first.dtype).copy_(self.fp)
+        self.quant = self.copy(self.fp) if quantized else self.fp[:0]
 
     def __len__(self) -> int:
         return len(self.fp)
@@ -124,6 +126,10 @@ class BlockStream:
         with tempfile.NamedTemporaryFile(prefix="planish-stream-", dir=self._directory) as file:
             _reserve(file.fileno(), size * dtype.itemsize, Path(file.name).parent)
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+
+    def copy(self, stream: Tensor) -> Tensor:
+        """A copy of a stream, where streams live."""
+        return self._allocate(tuple(stream.shape), stream.dtype).copy_(stream)
 
     def parts(self) -> Iterator[slice]:
         for start in range(0, len(self), self.micro_batch):

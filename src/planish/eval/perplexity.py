@@ -22,8 +22,15 @@ LOGIT_ROWS = 256
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, text: str | Path | Tensor, *, tokenizer: Any = None, seqlen: int = 2048,
-               batch_size: int = 8, limit: int | None = None) -> float:
+def perplexity(
+    model: nn.Module,
+    text: str | Path | Tensor,
+    *,
+    tokenizer: Any = None,
+    seqlen: int = 2048,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> float:
     """Perplexity of a model on a text, on the device that the model is on.
 
     Args:
@@ -64,6 +71,7 @@ def _parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
     Most models are a decoder and a linear head. Some scale or cap their logits: a few tokens tell, and
     then the model itself gives the logits, a whole batch of them, and the head is the identity.
     """
+
     def decoder(ids: Tensor) -> Tensor:
         return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 

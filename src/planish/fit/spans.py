@@ -130,6 +130,8 @@ def trial(job: Job) -> Job:
                     "samples (--seqlen), a smaller span, or --device cpu"
                 ) from None
             job = dataclasses.replace(job, micro_batch=job.micro_batch // 2)
+            if job.stream is not None:
+                job.stream.micro_batch = min(job.stream.micro_batch, job.micro_batch)
         finally:
             torch.cuda.empty_cache()
 
@@ -235,7 +237,7 @@ def _float_pass(
     stream, fit = job.stream, job.stage.fit
     if stream is None:
         return {}, None
-    target = stream.quant.clone() if fit is not None and fit.target == "quantized" else None
+    target = stream.copy(stream.quant) if fit is not None and fit.target == "quantized" else None
 
     def forward() -> None:
         for index, block in span.items():

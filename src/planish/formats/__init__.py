@@ -45,8 +45,7 @@ def choose(schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int,
     return auto_round
 
 
-def verify(format: Format, schemes: Mapping[str, Scheme | None],
-           shapes: Mapping[str, tuple[int, int]]) -> None:
+def verify(format: Format, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse before any work what a format can't hold: each layer by itself, then all of them together.
 
     Raises:

@@ -97,8 +97,9 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
     return found
 
 
-def _exception(extra: Mapping[str, Mapping[str, Any]], layer: str,
-               shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Any] | None:
+def _exception(
+    extra: Mapping[str, Mapping[str, Any]], layer: str, shapes: Mapping[str, tuple[int, int]]
+) -> Mapping[str, Any] | None:
     """Entry of `extra_config` for a layer: its own name's, or the first that as a regex is found in it."""
     if layer in extra:
         return extra[layer]

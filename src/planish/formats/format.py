@@ -37,5 +37,3 @@ class Format:
     config: Callable[[Mapping[str, Scheme | None]], dict[str, Any]]
     schemes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, int]]], dict[str, Scheme]]
     detect: Callable[[Mapping[str, Any]], bool]
-
-

@@ -56,8 +56,9 @@ def encode_layout(layer: str, q: QTensor, shift: int) -> dict[str, Tensor]:
     }
 
 
-def decode_layout(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int],
-                  shift: int) -> QTensor:
+def decode_layout(
+    layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], shift: int
+) -> QTensor:
     """The QTensor of one layer whose stored zero points are z - shift.
 
     Raises:
@@ -109,8 +110,9 @@ def encode(name: str, shift: int, layer: str, q: QTensor) -> dict[str, Tensor]:
     return encode_layout(layer, q, shift) | {f"{layer}.g_idx": g_idx}
 
 
-def decode(name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme,
-           shape: tuple[int, int]) -> QTensor:
+def decode(
+    name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
+) -> QTensor:
     """The QTensor of one layer; refuses columns in another order than their own (act-order)."""
     check_layout(name, layer, scheme, shape)
     g_idx = tensors.get(f"{layer}.g_idx")
@@ -126,9 +128,7 @@ def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
     default = most_common(schemes)
     for layer, scheme in schemes.items():
         if scheme not in (None, default):
-            raise UnsupportedScheme(
-                f"{layer}: {name} can't hold {scheme} beside {default}; use --format auto_round"
-            )
+            raise UnsupportedScheme(f"{layer}: {name} can't hold {scheme} beside {default}; use --format auto_round")
     written: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": default.bits,

@@ -104,6 +104,4 @@ def detect(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == METHOD
 
 
-native = Format(
-    name="native", check=check, encode=encode, decode=decode, config=config, schemes=schemes, detect=detect
-)
+native = Format(name="native", check=check, encode=encode, decode=decode, config=config, schemes=schemes, detect=detect)

@@ -29,9 +29,13 @@ def supports(weight: Packed, x: Tensor) -> bool:
     few = 0 < x.numel() <= MAX_ROWS * weight.in_features
     if not few or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return (weight.bits <= 4 and weight.offset is None and _group(weight) is not None
-            and weight.out_features % OUT_MULTIPLE == 0
-            and torch.backends.cpu.get_cpu_capability() in VECTOR_UNITS)
+    return (
+        weight.bits <= 4
+        and weight.offset is None
+        and _group(weight) is not None
+        and weight.out_features % OUT_MULTIPLE == 0
+        and torch.backends.cpu.get_cpu_capability() in VECTOR_UNITS
+    )
 
 
 def matmul(x: Tensor, weight: Packed, bias: Tensor | None, cache: dict[str, Tensor]) -> Tensor:

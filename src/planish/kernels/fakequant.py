@@ -56,8 +56,18 @@ def _shifted(ratio, rounding_ptr, at, mask, zero):
 
 
 @triton.jit
-def _forward_kernel(weight_ptr, rounding_ptr, scale_ptr, zero_ptr, out_ptr, groups,
-                    TOP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _forward_kernel(
+    weight_ptr,
+    rounding_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    groups,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < groups
@@ -72,9 +82,22 @@ def _forward_kernel(weight_ptr, rounding_ptr, scale_ptr, zero_ptr, out_ptr, grou
 
 
 @triton.jit
-def _backward_kernel(grad_ptr, weight_ptr, rounding_ptr, scale_ptr, zero_ptr, grad_weight_ptr,
-                     grad_rounding_ptr, grad_scale_ptr, grad_zero_ptr, groups,
-                     TOP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _backward_kernel(
+    grad_ptr,
+    weight_ptr,
+    rounding_ptr,
+    scale_ptr,
+    zero_ptr,
+    grad_weight_ptr,
+    grad_rounding_ptr,
+    grad_scale_ptr,
+    grad_zero_ptr,
+    groups,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < groups
@@ -110,12 +133,20 @@ def _launch(kernel, like: Tensor, bits: int, *tensors: Tensor | None) -> None:  
     if groups:
         with torch.cuda.device_of(like):
             kernel[(triton.cdiv(groups, rows),)](
-                *tensors, groups, TOP=float(2**bits - 1), GROUP=group, ROWS=rows, CHUNK=chunk,
-                num_warps=4, enable_fp_fusion=False)
+                *tensors,
+                groups,
+                TOP=float(2**bits - 1),
+                GROUP=group,
+                ROWS=rows,
+                CHUNK=chunk,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
 
 
-def forward(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int,
-            dtype: torch.dtype) -> Tensor:
+def forward(
+    weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
     """`planish::fake_quantize` in one pass; arguments and result as in `qtensor.fake_quantize`."""
     weight, scale, zero = weight.contiguous(), scale.contiguous(), zero.contiguous()
     out = torch.empty_like(weight, dtype=dtype)
@@ -123,15 +154,28 @@ def forward(weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor
     return out
 
 
-def backward(grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int,
-             need_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, weight: Tensor, rounding: Tensor | None, scale: Tensor, zero: Tensor, bits: int, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`planish::fake_quantize_backward` in one pass; arguments and results as in `qtensor`."""
     grad, weight, scale, zero = grad.contiguous(), weight.contiguous(), scale.contiguous(), zero.contiguous()
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
     grad_rounding = None if rounding is None else torch.empty_like(weight, dtype=torch.float32)
     grad_scale, grad_zero = torch.empty_like(scale), torch.empty_like(zero)
-    _launch(_backward_kernel, weight, bits, grad, weight, _contiguous(rounding), scale, zero,
-            grad_weight, grad_rounding, grad_scale, grad_zero)
+    _launch(
+        _backward_kernel,
+        weight,
+        bits,
+        grad,
+        weight,
+        _contiguous(rounding),
+        scale,
+        zero,
+        grad_weight,
+        grad_rounding,
+        grad_scale,
+        grad_zero,
+    )
     return (_or_empty(grad_weight, scale), _or_empty(grad_rounding, scale), grad_scale, grad_zero)
 
 

@@ -56,8 +56,15 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        return Packed(codes=self.codes, scale=self.scale, zero=self.zero, offset=self.offset,
-                      bits=self.bits, group_size=self.group_size, in_features=self.in_features)
+        return Packed(
+            codes=self.codes,
+            scale=self.scale,
+            zero=self.zero,
+            offset=self.offset,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+        )
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
@@ -83,5 +90,7 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         grid = "symmetric" if self.zero is None else "asymmetric"
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-                f"group_size={self.group_size}, {grid}, bias={self.bias is not None}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, {grid}, bias={self.bias is not None}"
+        )

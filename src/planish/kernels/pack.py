@@ -79,14 +79,24 @@ class Packed:
 
     @classmethod
     def from_qtensor(cls, q: QTensor) -> "Packed":
-        return cls(codes=pack_codes(q.codes, q.bits), scale=q.scale, zero=q.zero, offset=q.offset,
-                   bits=q.bits, group_size=q.group_size, in_features=q.shape[1])
+        return cls(
+            codes=pack_codes(q.codes, q.bits),
+            scale=q.scale,
+            zero=q.zero,
+            offset=q.offset,
+            bits=q.bits,
+            group_size=q.group_size,
+            in_features=q.shape[1],
+        )
 
     def qtensor(self, start: int = 0, stop: int | None = None) -> QTensor:
         """The exact QTensor of the rows [start, stop)."""
         rows = slice(start, stop)
-        return QTensor(codes=unpack_codes(self.codes[rows], self.bits, self.in_features),
-                       scale=self.scale[rows],
-                       zero=None if self.zero is None else self.zero[rows],
-                       offset=None if self.offset is None else self.offset[rows],
-                       bits=self.bits, group_size=self.group_size)
+        return QTensor(
+            codes=unpack_codes(self.codes[rows], self.bits, self.in_features),
+            scale=self.scale[rows],
+            zero=None if self.zero is None else self.zero[rows],
+            offset=None if self.offset is None else self.offset[rows],
+            bits=self.bits,
+            group_size=self.group_size,
+        )
