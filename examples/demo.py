@@ -42,7 +42,7 @@ class Size:
     new_tokens: int
 
 
-FULL = Size(steps={"w4g64": 8, "w3g64": 16, "w2g64": 32}, samples=128, context=64, windows=16, seqlen=256,
+FULL = Size(steps={"w4g64": 8, "w3g64": 12, "w2g64": 24}, samples=96, context=64, windows=16, seqlen=256,
             new_tokens=32)
 TINY = Size(steps={"w2g64": 2}, samples=10, context=32, windows=2, seqlen=64, new_tokens=4)
 
@@ -96,11 +96,12 @@ def show(event: Event) -> None:
 
 @torch.no_grad()
 def measure(folder: Path, original: Path, size: Size) -> Figures:
-    """Load a folder as anyone would, and measure it in float32: what every CPU computes at full speed."""
+    """Load a folder as anyone would: perplexity in float32, which every CPU computes at full speed, then a sample."""
     model = planish.load(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(original)
     ids = tokens(tokenizer, "embedded-eval")
     perplexity = planish.perplexity(model, ids, seqlen=size.seqlen, limit=size.windows)
+    model = planish.load(folder)
     turn = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt",
                                            return_dict=True).to(model.device)

@@ -59,7 +59,7 @@ def test_signround_defaults_and_presets() -> None:
 
 def test_keys_win_over_the_preset_and_the_rate_follows_the_steps() -> None:
     assert fit_of(build("signround", "fast", {"steps": 100})).rates["rounding"] == pytest.approx(0.02)
-    assert fit_of(build("signround", "fast")).rates["rounding"] == pytest.approx(0.1)
+    assert fit_of(build("signround", "fast")).rates["rounding"] == pytest.approx(0.05)
     rates = fit_of(build("signround", None, {"rate": 0.3, "range_rate": 0.07})).rates
     assert (rates["rounding"], rates["range"]) == (0.3, 0.07)
 

@@ -42,7 +42,7 @@ def signround(
 
     Args:
         steps: optimizer steps a span.
-        rate: learning rate of V at step 0; 2 / steps if not given.
+        rate: learning rate of V at step 0; 2 / steps, but at most 0.05, if not given.
         range_rate: learning rate of the range's factors; that of V, but at most 0.01, if not given.
         search: start from the range that loses least, weighed by the inputs' mean squares, and let factors
             grow up to 2; else from min/max, factors at most 1, as published.
@@ -53,7 +53,7 @@ def signround(
         batch_size: samples a step.
         compile: fuse the blocks' elementwise work by torch.compile; by the model's size if not given.
     """
-    rate = 2 / max(steps, 1) if rate is None else rate
+    rate = min(2 / max(steps, 1), 0.05) if rate is None else rate
     fit = Reconstruct(
         steps=steps,
         batch_size=batch_size,
