@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.fit.reconstruct import Outcome, Reconstruct, reconstruct
+from planish.fit.step import WARM_UP
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
 from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
@@ -112,13 +113,14 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
 
 
 def trial(job: Job) -> Job:
-    """The job with a micro-batch that one step of the largest span survives; halved until it does.
+    """The job with a micro-batch that a few steps of the largest span survive; halved until they do.
 
     Raises:
         PlanishError: if even one sample at a time is too much.
     """
     assert job.stage.fit is not None
-    step = dataclasses.replace(job.stage.fit, steps=1, rates=dict.fromkeys(job.stage.fit.rates, 0.0))
+    # as many as it takes until a step is captured and replayed
+    step = dataclasses.replace(job.stage.fit, steps=WARM_UP + 1, rates=dict.fromkeys(job.stage.fit.rates, 0.0))
     while True:
         try:
             _fit_largest(dataclasses.replace(job, stage=dataclasses.replace(job.stage, fit=step)))
