@@ -102,6 +102,8 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=19, help="19 make 8.2 GB")
     parser.add_argument("--limit-gb", type=float, default=3.0, help="private memory that is allowed")
     options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="planish-memory-", dir=options.work))
     try:
         size = make_model(work / "model", options.blocks)

@@ -12,6 +12,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -105,16 +106,22 @@ def measure(folder: Path, original: Path, size: Size) -> Figures:
     turn = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt",
                                            return_dict=True).to(model.device)
-    model.generate(**prompt, max_new_tokens=1, do_sample=False)  # warm up
-    start = time.perf_counter()
-    output = model.generate(**prompt, max_new_tokens=size.new_tokens, do_sample=False)
-    seconds = time.perf_counter() - start
+    timed_generate(model, prompt, 2)  # warm up
+    _, first = timed_generate(model, prompt, 1)
+    output, seconds = timed_generate(model, prompt, size.new_tokens)
     answer = output[0, prompt["input_ids"].shape[1]:]
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Figures(
         folder=folder, mib=stored / 2**20, bits_per_weight=8 * stored / parameters(original),
-        perplexity=perplexity, tokens_per_second=len(answer) / seconds,
+        perplexity=perplexity, tokens_per_second=(len(answer) - 1) / (seconds - first),
         sample=tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def timed_generate(model: Any, prompt: Any, count: int) -> tuple[torch.Tensor, float]:
+    """Greedy tokens after a prompt, and the seconds that took."""
+    start = time.perf_counter()
+    output = model.generate(**prompt, max_new_tokens=count, do_sample=False)
+    return output, time.perf_counter() - start
 
 
 def parameters(folder: Path) -> int:
