@@ -22,8 +22,6 @@ from planish.fit.step import Step
 from planish.quant import Quantizer
 
 TARGETS = ("float", "quantized")
-# steps between two measurements of the held-out loss, at least
-LEAST_STEPS = 5
 # below this many weights a step is short and compiling doesn't pay
 COMPILE_WEIGHTS = 50_000_000
 
@@ -172,7 +170,7 @@ def reconstruct(
         _take(targets, first, device),
         micro_batch,
     )
-    every, damping = max(LEAST_STEPS, fit.steps // fit.checks), 1.0
+    every, damping = max(1, fit.steps // fit.checks), 1.0
     for i in range(fit.steps):
         batch = first if i == 0 else samples.next()
         step.inputs.copy_(_take(inputs, batch, device))

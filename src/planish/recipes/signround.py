@@ -60,6 +60,7 @@ def signround(
         target=target,
         trim=trim,
         holdout=holdout,
+        checks=max(1, min(8, steps // 5)),
         span=span,
         rates={"rounding": rate, "range": min(rate, 0.01) if range_rate is None else range_rate},
         compile=compile,
