@@ -13,7 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 ROWS = {
     "errors": 0, "scheme": 0, "qtensor": 0, "dist": 0, "log": 0,
-    "quant": 1, "kernels": 1, "arch": 1, "data": 1, "embedded": 1, "checkpoint": 1, "source": 1, "shards": 1,
+    "quant": 1, "kernels": 1, "arch": 1, "data": 1, "embedded": 1, "checkpoint": 1, "source": 1, "skeleton": 1,
     "transform": 2, "formats": 2, "stream": 2,
     "fit": 3,
     "recipes": 4,

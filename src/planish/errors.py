@@ -21,3 +21,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(names) or 'none'}"
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says first, to quote in one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

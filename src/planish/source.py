@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from planish.arch import discover
-from planish.errors import PlanishError
+from planish.errors import PlanishError, first_line
+from planish.skeleton import build, is_unstarted, on_meta, put, ready, tied_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*.safetensors"]
@@ -55,8 +56,8 @@ class Source(ABC):
         self.label = label
         self.folder = folder
         self.dtype = model.dtype
-        self._model = _ready(model)
-        self._ties = _ties(model)
+        self._model = ready(model)
+        self._ties = tied_names(model)
 
     def skeleton(self) -> PreTrainedModel:
         """The model with its parameters on meta: the same object at every call, in eval mode, without
@@ -109,15 +110,15 @@ class Source(ABC):
             name, kind = wanted[full]
             real = tensor.detach().to(device, kind if tensor.is_floating_point() else tensor.dtype, copy=True)
             filled = nn.Parameter(real, requires_grad=False)
-            _put(module, name, filled)
+            put(module, name, filled)
             for tied in self._ties.get(full, ()):
-                _put(self._model, tied, filled)
+                put(self._model, tied, filled)
         for name, buffer in module.named_buffers():
-            _put(module, name, buffer.to(device))
+            put(module, name, buffer.to(device))
 
     def unload(self, module: nn.Module) -> None:
         """Put the parameters of a part, and those tied to them, back on meta; buffers stay."""
-        emptied = {id(real): _empty(real) for real in module.parameters() if not real.is_meta}
+        emptied = {id(real): on_meta(real) for real in module.parameters() if not real.is_meta}
         tied = [self._model.get_submodule(name.rpartition(".")[0]) for name in self._ties]
         for part in [*module.modules(), *tied]:
             for leaf, parameter in list(part.named_parameters(recurse=False)):
@@ -163,7 +164,7 @@ class FolderSource(Source):
         on_disk = _scan(folder, label)
         self._trust = trust_remote_code
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(on_disk)
-        model = _build(config, dtype, label, trust_remote_code)
+        model = build(config, dtype, label, trust_remote_code)
         self._places = _by_module_name(model, on_disk)
         if self._untie(model):
             config.tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -196,7 +197,7 @@ class FolderSource(Source):
 
     def _untie(self, model: PreTrainedModel) -> bool:
         """Give tied parameters that differ on disk their own; True if there were any."""
-        pairs = [(group[0], name) for name, group in _ties(model).items() if name != group[0]]
+        pairs = [(group[0], name) for name, group in tied_names(model).items() if name != group[0]]
         apart = [
             name
             for first, name in pairs
@@ -205,7 +206,7 @@ class FolderSource(Source):
             and not torch.equal(*dict(self._read([first, name])).values())
         ]
         for name in apart:
-            _put(model, name, _empty(model.get_parameter(name)))
+            put(model, name, on_meta(model.get_parameter(name)))
         return bool(apart)
 
     def _check_parameters(self, quantized: bool) -> None:
@@ -230,9 +231,9 @@ class FolderSource(Source):
         names = [name for name, _ in self._model.named_buffers()]
         for name, tensor in self._read([name for name in names if name in self._places]):
             self._check_finite(name, tensor)
-            _put(self._model, name, tensor.clone())
+            put(self._model, name, tensor.clone())
         for name in names:
-            if _is_poisoned(self._model.get_buffer(name)):
+            if is_unstarted(self._model.get_buffer(name)):
                 raise PlanishError(
                     f"{self.label}: the buffer {name} can't be computed without the weights; "
                     "load it with transformers and pass the model"
@@ -251,7 +252,7 @@ class MemorySource(Source):
         for name, tensor in self._tensors.items():
             if tensor.is_meta:
                 raise PlanishError(f"{label}: {name} is on the meta device; load the model whole")
-        memo = {id(parameter): _empty(parameter) for parameter in model.parameters()}
+        memo = {id(parameter): on_meta(parameter) for parameter in model.parameters()}
         super().__init__(copy.deepcopy(model, memo), model.config, label, None)
 
     def names(self) -> list[str]:
@@ -282,7 +283,7 @@ class GgufSource(MemorySource):
         except ImportError as error:
             raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
         except Exception as error:  # a damaged file can raise anything
-            raise PlanishError(f"{path}: transformers can't read it ({_first_line(error)})") from error
+            raise PlanishError(f"{path}: transformers can't read it ({first_line(error)})") from error
         model.config.architectures = [type(model).__name__]
         super().__init__(model, label=str(path))
 
@@ -343,12 +344,8 @@ def _download(hub_id: str, revision: str | None, code: bool) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise PlanishError(
-            f"no such folder: {hub_id}, nor does the hub give such a model ({_first_line(error)}); check the name"
+            f"no such folder: {hub_id}, nor does the hub give such a model ({first_line(error)}); check the name"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_config(folder: Path, label: str, code: bool) -> PreTrainedConfig:
@@ -358,7 +355,7 @@ def _read_config(folder: Path, label: str, code: bool) -> PreTrainedConfig:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (ValueError, KeyError, OSError) as error:
         raise PlanishError(
-            f"{label}: transformers can't read config.json ({_first_line(error)}); "
+            f"{label}: transformers can't read config.json ({first_line(error)}); "
             "a model with code of its own needs trust_remote_code"
         ) from error
     return config
@@ -394,7 +391,7 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError) as error:
-        raise PlanishError(f"{index} is damaged ({_first_line(error)}); get the checkpoint again") from error
+        raise PlanishError(f"{index} is damaged ({first_line(error)}); get the checkpoint again") from error
 
 
 def _opened(file: Path) -> safe_open:
@@ -404,7 +401,7 @@ def _opened(file: Path) -> safe_open:
     except FileNotFoundError as error:
         raise PlanishError(f"{file} is missing; get the checkpoint again") from error
     except (SafetensorError, OSError) as error:
-        raise PlanishError(f"{file} is truncated or damaged ({_first_line(error)}); get it again") from error
+        raise PlanishError(f"{file} is truncated or damaged ({first_line(error)}); get it again") from error
 
 
 def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
@@ -414,41 +411,6 @@ def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
             if (tensor := handle.get_tensor(place.key)).is_floating_point():
                 return tensor.dtype
     return torch.float32
-
-
-def _build(config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool) -> PreTrainedModel:
-    """The model on meta; then its buffers again on the CPU, as the model itself starts them."""
-    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
-    for auto in autos:
-        try:
-            with torch.device("meta"):
-                model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=code)
-            break
-        except ValueError as error:
-            if auto is autos[-1]:
-                raise PlanishError(
-                    f"{label}: transformers makes no language model of it ({_first_line(error)})"
-                ) from error
-    for part in model.modules():
-        for leaf, buffer in list(part.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(part, leaf, torch.full_like(buffer, _poison(buffer.dtype), device="cpu"))
-                part._is_hf_initialized = False  # asks the model to start this module, and no other, again
-    model.initialize_weights()
-    return model
-
-
-def _poison(dtype: torch.dtype) -> float | int:
-    """A value no buffer holds, to see which ones the model didn't start."""
-    if dtype.is_floating_point:
-        return float("nan")
-    return 0 if dtype == torch.bool else torch.iinfo(dtype).max
-
-
-def _is_poisoned(buffer: Tensor) -> bool:
-    if buffer.is_floating_point():
-        return bool(buffer.isnan().any())
-    return buffer.dtype != torch.bool and bool((buffer == _poison(buffer.dtype)).any())
 
 
 def _by_module_name(model: PreTrainedModel, on_disk: dict[str, _Place]) -> dict[str, _Place]:
@@ -461,30 +423,3 @@ def _by_module_name(model: PreTrainedModel, on_disk: dict[str, _Place]) -> dict[
         spellings = (key, prefix + key, key.removeprefix(prefix))
         places[next((name for name in spellings if name in known), key)] = place
     return places
-
-
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """In eval mode, without gradients and cache, with PyTorch's own attention where the model can."""
-    model.eval().requires_grad_(False)
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False
-    if model._supports_sdpa:
-        model.set_attn_implementation("sdpa")
-    return model
-
-
-def _ties(model: nn.Module) -> dict[str, list[str]]:
-    """Name of every tied parameter -> all names of that parameter, the embedding's first."""
-    groups = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
-    return {name: group for group in groups.values() if len(group) > 1 for name in group}
-
-
-def _empty(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, value)
