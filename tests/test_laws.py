@@ -56,11 +56,11 @@ def quantizer_of(weight: Tensor, scheme: Scheme, weight_slot: str, range_slot: s
         weight_slot=WEIGHTS[weight_slot],
         range_slot=RANGES[range_slot],
         rounding_slot=ROUNDINGS[rounding_slot],
-        importance=torch.rand(weight.shape[1], generator=generator),
+        importance=torch.rand(weight.shape[1], generator=generator).to(weight.device),
     )
     with torch.no_grad():
         for parameter in quantizer.parameters():
-            parameter += 0.4 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.4 * torch.randn(parameter.shape, generator=generator).to(weight.device)
     return quantizer.to(weight.device)
 
 

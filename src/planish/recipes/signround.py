@@ -29,6 +29,7 @@ def signround(
     rate: float | None = None,
     range_rate: float | None = None,
     search: bool = True,
+    products: bool = False,
     trim: float = 0.003,
     target: str = "float",
     span: int = 3,
@@ -46,6 +47,7 @@ def signround(
         range_rate: learning rate of the range's factors; that of V, but at most 0.01, if not given.
         search: start from the range that loses least, weighed by the inputs' mean squares, and let factors
             grow up to 2; else from min/max, factors at most 1, as published.
+        products: that search counts how a group's inputs vary together, as `rtn` does.
         trim: share of elements with the largest errors left out of the loss.
         target: "float" (the blocks on the float prefix) or "quantized" (on the quantized prefix).
         span: consecutive blocks fitted together.
@@ -71,5 +73,6 @@ def signround(
         rounding=Offset,
         fit=fit,
         importance=search,
+        products=search and products,
     )
     return Recipe(name="signround", stages=(stage,))
