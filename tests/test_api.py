@@ -353,7 +353,8 @@ def test_progress_says_which_windows_were_missing(tiny_llama: Tiny, tmp_path: Pa
         tiny_llama(), "rtn", "w4g32", search=True, progress=events.append, **{**QUICK, "data": text, "samples": 50}
     )
     assert events[0].note.endswith("text.txt holds 8 windows of 16 tokens, not 50: using 8")
-    assert [event.index for event in events] == [0, 1, 2]
+    assert events[1].note.startswith("activations: 1 x 0.0 MB in fp32, in host memory (available: ")
+    assert [event.index for event in events] == [0, 0, 1, 2]
 
 
 SHORT = torch.zeros(2, 8, dtype=torch.int64)

@@ -65,6 +65,32 @@ def test_multimodal_chooses_the_language_model() -> None:
     assert {name for name, _ in model.named_parameters()} <= covered
 
 
+def test_a_larger_vision_tower_is_not_chosen() -> None:
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**TINY),
+                                      vision_config=transformers.CLIPVisionConfig(**vision))
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    arch = discover(model)
+    tower, language = model.model.vision_tower, model.model.language_model
+    assert sum(p.numel() for p in tower.parameters()) > sum(p.numel() for p in language.parameters())
+    assert (arch.blocks, arch.num_blocks, arch.head) == ("model.language_model.layers", 3, "lm_head")
+    assert arch.decoder == "model.language_model"
+    assert set(arch.around) == {f"{arch.decoder}.{name}" for name in ("embed_tokens", "norm", "rotary_emb")}
+    assert {"model.vision_tower", "model.multi_modal_projector", "lm_head"} == set(arch.outside) - set(arch.around)
+
+
+def test_a_tower_as_near_as_the_blocks_reads_pixels() -> None:
+    # GIT keeps its image encoder beside the text's layers, in the module that holds the embedding
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    arch = discover(_on_meta(transformers.GitConfig(**text, vision_config=vision)))
+    assert arch.blocks == "git.encoder.layer" and arch.num_blocks == 2
+
+
 def test_packed_layers_stand_for_linears() -> None:
     class Packed(nn.Module):
         def __init__(self, layer: nn.Linear) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlavaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from planish import data, embedded
 from planish.errors import PlanishError
+
+TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}[end]\n{% endfor %}"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -137,12 +139,15 @@ def refuse_datasets(name, *args, **kwargs):
 real_import = builtins.__import__
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("missing.txt", "no such file: missing.txt"),
-    ("./missing", "no such file: ./missing"),
-    ("wikitext", r"no such file: wikitext; .* pip install 'planish\[hub\]'"),
-    ("what is this?", r"no such file, and no name of a data set: what is this\?"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", "no such file: missing.txt"),
+        ("./missing", "no such file: ./missing"),
+        ("wikitext", r"no such file: wikitext; .* pip install 'planish\[hub\]'"),
+        ("what is this?", r"no such file, and no name of a data set: what is this\?"),
+    ],
+)
 def test_sources_that_are_not_there(tokenizer, monkeypatch, source, message):
     monkeypatch.setattr(builtins, "__import__", refuse_datasets)
     with pytest.raises(PlanishError, match=message):
@@ -169,3 +174,159 @@ def test_texts_that_cannot_be_used(tmp_path, tokenizer):
             data.windows(tokenizer, source, 4, 32)
     with pytest.raises(PlanishError, match="0 samples of 32 tokens"):
         data.windows(tokenizer, short, 0, 32)
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"messages": messages(("user", "q"), ("assistant", "a"))}, [("user", "q"), ("assistant", "a")]),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]},
+            [("system", "s"), ("user", "q")],
+        ),
+        (
+            {"conversations": [{"from": name, "value": "v"} for name in ("user", "gpt", "chatgpt", "Bard", "tool")]},
+            [("user", "v"), ("assistant", "v"), ("assistant", "v"), ("assistant", "v"), ("tool", "v")],
+        ),
+        ({"instruction": "q", "output": "a", "text": "t"}, [("user", "q"), ("assistant", "a")]),
+        ({"instruction": "q", "input": "i", "output": "a"}, [("user", "q\n\ni"), ("assistant", "a")]),
+        ({"instruction": "q", "input": "", "output": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "response": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        ({"question": "q", "answer": "a"}, [("user", "q"), ("assistant", "a")]),
+    ],
+)
+def test_shapes_of_conversations(tmp_path, row, wanted):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    first, second = data.documents(path)
+    assert [(turn["role"], turn["content"]) for turn in first.messages] == wanted
+    assert first.messages == second.messages and second.where == f"{path} line 2"
+    assert data.holds_conversations(path)
+
+
+def test_a_field_of_another_name_and_what_turns_have_besides(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": "no", "chosen": [*messages(("user", "q")), call]}])
+    ((_, answer),) = [document.messages for document in data.documents(f"{path}#chosen")]
+    assert answer == {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+
+
+def test_json_arrays_and_json_lines_of_that_name(tmp_path):
+    rows = [{"instruction": "q", "output": f"a{i}"} for i in range(3)]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    lines = write_jsonl(tmp_path / "lines.json", rows)
+    found = list(data.documents(array))
+    assert [document.messages for document in found] == [document.messages for document in data.documents(lines)]
+    assert found[2].where == f"{array} row 3" and found[2].messages[1]["content"] == "a2"
+
+
+def test_plain_text_is_no_conversation(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}, {"what": "is never read"}])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    assert [data.holds_conversations(source) for source in (text, rows, empty, "embedded")] == [False] * 4
+
+
+def test_conversations_are_rendered_and_packed(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(9)])
+    one = len("[user]q0[end]\n[assistant]a0[end]\n")
+    ids = data.tokens(tokenizer, path)
+    text = tokenizer.decode(ids)
+    assert text == "".join(f"[user]q{i}[end]\n[assistant]a{i}[end]\n" for i in range(9))
+    cut, note = data.windows(tokenizer, path, 4, 2 * one, seed=1)
+    assert cut.shape == (4, 2 * one) and note == ""
+    assert sorted(tokenizer.batch_decode(cut)) == [text[at : at + 2 * one] for at in range(0, 8 * one, 2 * one)]
+
+
+def test_templates_of_multimodal_models_get_parts(tmp_path, tokenizer, monkeypatch):
+    parts = TEMPLATE.replace("message['content']", "message['content'][0]['text']")
+    monkeypatch.setattr(tokenizer, "chat_template", parts)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "quiz", "completion": "ok"}])
+    assert tokenizer.decode(data.tokens(tokenizer, path)) == "[user]quiz[end]\n[assistant]ok[end]\n"
+
+
+def test_hub_data_sets_of_conversations(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    read = []
+
+    def rows():
+        for number in range(10_000):
+            read.append(number)
+            yield {"messages": messages(("user", "01234"), ("assistant", "56789"))}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+    assert data.holds_conversations("someone/chats") and len(read) == 1
+    got, note = data.windows(tokenizer, "someone/chats", 4, 25)
+    assert got.shape == (4, 25) and note == "" and 100 < len(read) < 1000
+    (first, *_) = data.documents("someone/chats")
+    assert first.where == "someone/chats row 1"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["text"], "rows.jsonl line 1 is str, not an object with named fields"),
+        ([{"messages": []}], r"line 1 has no turns in 'messages' \(it has: messages\)"),
+        ([{"messages": messages(("user", "q"))}, {"text": "t"}], r"line 2 has no turns in 'messages' \(it has: text\)"),
+        ([{"messages": ["q"]}], "line 1 has a turn that is str, not role and content"),
+        (
+            [{"conversations": [{"from": "narrator", "value": "v"}]}],
+            "line 1 has a turn of role 'narrator'; there is: sy",
+        ),
+        ([{"messages": [{"role": "user"}]}], "line 1 has a turn of 'user' whose content is NoneType, not text"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "'user' whose content is list, not text"),
+        ([{"prompt": "q", "completion": 7}], r"line 1 has no text 'completion' \(it has: completion, prompt\)"),
+        (
+            [{"instruction": "q", "output": "a"}, {"instruction": "q"}],
+            r"line 2 has no text 'output' \(it has: instruct",
+        ),
+        ([{"instruction": "q", "input": 3, "output": "a"}], "line 1 has no text 'input'"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, tokenizer, rows, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(PlanishError, match=message):
+        data.tokens(tokenizer, path)
+
+
+def test_json_arrays_that_cannot_be_used(tmp_path, tokenizer):
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"prompt": "q"')
+    with pytest.raises(PlanishError, match="broken.json isn't JSON: .* line 1"):
+        data.tokens(tokenizer, broken)
+    broken.write_text('{\n"prompt": "q"\n}')
+    with pytest.raises(PlanishError, match="broken.json line 1 isn't JSON"):
+        data.tokens(tokenizer, broken)
+
+
+def test_conversations_need_a_chat_template(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(
+        PlanishError, match="rows.jsonl holds conversations, and the tokenizer has no chat template: put"
+    ):
+        data.windows(tokenizer, path, 4, 8)
+    assert tokenizer.decode(data.tokens(tokenizer, f"{path}#completion")) == "a"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('not today') }}")
+    with pytest.raises(
+        PlanishError, match="rows.jsonl line 1: the chat template of the tokenizer refuses it: not today"
+    ):
+        data.windows(tokenizer, path, 4, 8)
+
+
+def test_windows_fit_the_models_positions():
+    text = LlamaConfig(max_position_embeddings=64)
+    for config in (text, LlavaConfig(text_config=text)):
+        data.check_seqlen(config, 64)
+        with pytest.raises(
+            PlanishError, match="seqlen 65 is above the model's max_position_embeddings; give at most 64"
+        ):
+            data.check_seqlen(config, 65)
+    data.check_seqlen(MambaConfig(), 1_000_000)

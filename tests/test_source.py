@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from planish.arch import discover
 from planish.errors import PlanishError
+from planish.skeleton import build
 from planish.source import FolderSource, QuantizedOnceWarning, Source, open_source
 
 Tiny = Callable[..., Path]
@@ -187,6 +188,16 @@ def test_base_prefix_on_disk_is_mapped(tiny_llama: Tiny, rename: Callable[[str],
     source = open_source(folder)
     assert set(source.names()) == set(names)
     assert torch.equal(_logits(_load_by_parts(source)), expected)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"])
+def test_the_class_is_the_one_that_was_saved(kind: str) -> None:
+    # one configuration serves the multimodal model and the language model alone
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, architectures=[kind])
+    assert type(build(config, torch.float32, "it", False)).__name__ == kind
 
 
 def test_tensors_of_no_module_are_kept(tiny_llama: Tiny) -> None:

@@ -67,7 +67,7 @@ def inputs_of_blocks(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("storage", ["auto", "device", "host", "disk"])
+@pytest.mark.parametrize("storage", ["device", "host", "disk"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_float_stream_is_the_models_own(family: str, storage: str, micro_batch: int) -> None:
     model = model_of(family)
@@ -148,18 +148,57 @@ def test_files_are_gone_with_the_stream_and_before(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_mapped_streams_are_not_the_process_own_memory(tmp_path: Path) -> None:
+    model, ids = model_of("llama"), IDS.repeat(400, 20)  # two streams of 61 MB
+    model.config.max_position_embeddings = 240
+    before = anonymous_bytes()
+    stream = BlockStream(
+        model.model, model.model.layers, ids, device=CPU, storage="disk", directory=tmp_path, micro_batch=8
+    )
+    stream.advance(stream.fp, model.model.layers[0], 0)
+    assert stream.fp.nbytes > 60e6 and anonymous_bytes() - before < stream.fp.nbytes
+
+
+def test_what_stood_before_a_span_survives_it(tmp_path: Path) -> None:
+    model = model_of("gemma3")
+    expected, blocks, generation = inputs_of_blocks(model), model.model.layers, 0
+    how: dict[str, Any] = {"storage": "disk", "directory": tmp_path, "keep": True}
+    stream = stream_of(model, **how)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fp.0", "fp.1", "quant.0", "quant.1"]
+    for span in ((0, 1), (2,)):
+        before = stream.fp.clone()
+        for index in span:
+            stream.advance(stream.fp, blocks[index], index)
+            stream.advance(stream.quant, blocks[index], index)
+            seen = stream_of(model, **how, generation=generation)  # by a process that goes on from here
+            assert torch.equal(seen.fp, before) and torch.equal(seen.quant, before)
+            torch.testing.assert_close(stream.fp, expected[index + 1], rtol=1e-5, atol=1e-5)
+        generation = stream.settle()
+        seen = stream_of(model, **how, generation=generation)
+        assert torch.equal(seen.fp, stream.fp) and torch.equal(seen.quant, stream.quant)
+
+
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*where: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(PlanishError, match="no room for 0.00 GB of activations in .* set TMPDIR to a larger disk"):
+    with pytest.raises(
+        PlanishError, match="no room for 0.00 GB of activations in .* name a folder on a larger disk with --stream-dir"
+    ):
         stream_of(model_of("llama"), storage="disk", directory=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_storage() -> None:
-    with pytest.raises(PlanishError, match="no storage 'ram'; use one of auto, device, host, disk"):
+    with pytest.raises(PlanishError, match="no storage 'ram'; use one of device, host, disk"):
         stream_of(model_of("llama"), storage="ram")
 
 

@@ -5,6 +5,7 @@
     planish.save(model, "name-w2g64")
     model = planish.load("name-w2g64")
     planish.perplexity(model, "wiki.test.raw")
+    planish.finetune("name-w2g64", "tuned", "e2e_qp", data="train.jsonl")
 
 Importing Planish changes nothing for others: no registration, no patches. Its parts are imported when
 they are first used, since torch and transformers take seconds and `planish --help` needs neither.
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from planish.eval.perplexity import perplexity
     from planish.qtensor import QTensor
     from planish.scheme import Scheme, SchemeMap
+    from planish.trainable import convert, prepare
+    from planish.tuning import finetune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +30,12 @@ __all__ = [
     "Scheme",
     "SchemeMap",
     "UnsupportedScheme",
+    "convert",
+    "finetune",
     "info",
     "load",
     "perplexity",
+    "prepare",
     "quantize",
     "quantize_to",
     "resolve",
@@ -42,6 +48,8 @@ _HOME = {
     "planish.eval.perplexity": ("perplexity",),
     "planish.qtensor": ("QTensor",),
     "planish.scheme": ("Scheme", "SchemeMap"),
+    "planish.trainable": ("convert", "prepare"),
+    "planish.tuning": ("finetune",),
 }
 
 

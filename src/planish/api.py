@@ -1,4 +1,4 @@
-"""The verbs of Planish: load, quantize, save, and what they resolve a request to before any work.
+"""The verbs of Planish: load, quantize, save.
 
 `quantize` gives an ordinary transformers model with packed layers; `quantize_to` streams the same run
 into a folder, block by block, so that the model is never in memory as a whole. Everything else here joins
@@ -7,121 +7,40 @@ the parts: a source of weights, a recipe, a stream of activations, a sink of cod
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from planish.arch import Arch, discover, linears
-from planish.checkpoint import CheckpointWriter
+from planish.arch import discover, linears
+from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError, nearest
-from planish.folder import QuantizedFolder, assemble, config_of, plain_tensors, side_files, tokenizer_of, verify_folder
+from planish.folder import (
+    QuantizedFolder,
+    assemble,
+    block_shapes,
+    config_of,
+    side_files,
+    tokenizer_of,
+    verify_folder,
+    write_model,
+)
 from planish.formats import FORMATS, choose
 from planish.formats import verify as verify_schemes
-from planish.formats.format import Format
-from planish.kernels.linear import PackedLinear
-from planish.log import Progress, RunManifest, versions
+from planish.journal import Journal
+from planish.kernels.linear import packed_layers
+from planish.log import Progress, RunManifest
+from planish.naming import disk_speller
 from planish.qtensor import QTensor
-from planish.recipes import Recipe, build, describe, split_preset
+from planish.request import ModelLike, Resolved, make_run, manifest_of, resolve, stream_folder, with_batch
 from planish.run import Run, compute_device
-from planish.scheme import Scheme, SchemeMap, bits_per_weight
+from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source, open_source
-
-SAMPLES, SEQLEN = 128, 2048
-
-ModelLike = str | os.PathLike[str] | PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """A request, checked: what will be done to which linears.
-
-    Args:
-        schemes: scheme by full name of each linear to quantize.
-        shapes: (out, in) of every linear of the blocks, quantized or not.
-        parameters: of the whole model, tied ones once.
-    """
-
-    source: Source
-    recipe: Recipe
-    keys: dict[str, Any]
-    schemes: dict[str, Scheme]
-    scheme_text: str
-    shapes: dict[str, tuple[int, int]]
-    parameters: int
-    arch: Arch
-    format: Format
-    samples: int
-    seqlen: int
-
-    def summary(self) -> list[str]:
-        """Lines for a user: recipe, scheme, how many of how many linears, bits a weight, what is padded."""
-        keys = " ".join(f"{key}={value}" for key, value in self.keys.items())
-        padded = [n for n, s in self.schemes.items() if self.shapes[n][1] % s.group_in(self.shapes[n][1])]
-        lines = [
-            f"{self.source.label}: {self.recipe.name} {keys}".rstrip(),
-            f"scheme {self.scheme_text}, format {self.format.name}: {len(self.schemes)} of {len(self.shapes)} linears, "
-            f"{bits_per_weight(self.schemes, self.shapes, self.parameters):.2f} bits a weight with embeddings",
-        ]
-        if padded:
-            lines.append(f"the last group of a row is shorter in {len(padded)} linears, such as {padded[0]}")
-        return lines
-
-
-def resolve(
-    model: ModelLike,
-    recipe: str = "signround",
-    scheme: str = "w4g128",
-    *,
-    layers: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    preset: str | None = None,
-    revision: str | None = None,
-    format: str = "auto",
-    samples: int | None = None,
-    seqlen: int | None = None,
-    **keys: Any,
-) -> Resolved:
-    """Check a request and say what it comes to; reads headers, no weights.
-
-    Args as of `quantize`.
-
-    Raises:
-        PlanishError: for anything wrong with it.
-    """
-    _, about_data = split_preset(recipe, preset)
-    built = build(recipe, preset, keys)
-    scheme_map = SchemeMap.parse(scheme, layers, ignore)
-    if format != "auto" and format not in FORMATS:
-        raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
-    if isinstance(model, PreTrainedModel) and any(isinstance(part, PackedLinear) for part in model.modules()):
-        raise PlanishError(f"the {type(model).__name__} is quantized already; give the 16-bit original")
-    source = open_source(model, revision=revision)
-    skeleton = source.skeleton()
-    arch = discover(skeleton)
-    shapes = linears(arch, skeleton)
-    schemes = scheme_map.resolve(shapes)
-    every = {name: schemes.get(name) for name in shapes}
-    chosen = choose(every, shapes) if format == "auto" else FORMATS[format]
-    verify_schemes(chosen, every, shapes)
-    own, _ = split_preset(recipe, preset)
-    return Resolved(
-        source=source,
-        recipe=built,
-        keys={**own, **keys},
-        schemes=schemes,
-        scheme_text=str(scheme_map),
-        shapes=shapes,
-        parameters=sum(p.numel() for p in skeleton.parameters()),
-        arch=arch,
-        format=chosen,
-        samples=about_data.get("samples", SAMPLES) if samples is None else samples,
-        seqlen=about_data.get("seqlen", SEQLEN) if seqlen is None else seqlen,
-    )
+from planish.tune import quantize_in_memory
 
 
 def quantize(
@@ -134,6 +53,7 @@ def quantize(
     batch_size: int | None = None,
     seed: int = 0,
     storage: str = "auto",
+    stream_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     tokenizer: Any = None,
     **request: Any,
@@ -149,7 +69,8 @@ def quantize(
         batch_size: samples a step, the recipe's own if not given; where memory is too short for it, a step goes
             through it in parts.
         seed: of the windows and of the fit.
-        storage: where activations wait: 'auto', 'device', 'host', 'disk'.
+        storage: where activations wait: 'auto' (the first of the others that has room), 'device', 'host', 'disk'.
+        stream_dir: folder for activations on disk; that for temporary files if not given.
         progress: called with a `planish.log.Event` after each span.
         tokenizer: for `data`, where the source has none.
         request: layers, ignore, preset, revision, format, samples, seqlen, and the recipe's own keys.
@@ -157,11 +78,11 @@ def quantize(
     Raises:
         PlanishError: for anything wrong with the request, before any work.
     """
-    resolved = resolve(model, recipe, scheme, **_with_batch(recipe, batch_size, request))
-    run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
-    found: dict[str, QTensor] = {}
-    run.execute(lambda name, quantized: found.update({name: quantized.to("cpu")}))
-    return assemble(resolved.source, found.items(), run.device, resolved.source.dtype)
+    resolved = resolve(model, recipe, scheme, **with_batch(recipe, batch_size, request))
+    run = make_run(
+        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir)
+    )
+    return quantize_in_memory(run)[0]
 
 
 def quantize_to(
@@ -175,6 +96,8 @@ def quantize_to(
     batch_size: int | None = None,
     seed: int = 0,
     storage: str = "auto",
+    stream_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     tokenizer: Any = None,
@@ -187,92 +110,89 @@ def quantize_to(
 
     Args:
         out: new or empty folder, or one to replace if `overwrite`.
+        stream_dir: folder for activations on disk; beside `out` if not given.
+        resume: keep finished blocks and the activations behind them, in files, so that after a kill the same call
+            goes on from there and writes the same bytes; and go on if such a call was killed.
         announce: called with what the request resolved to, before any work.
         others: as of `quantize`.
 
     Returns:
         The manifest, also written as run.json.
     """
-    writer = CheckpointWriter(out, overwrite=overwrite)
-    resolved = resolve(model, recipe, scheme, **_with_batch(recipe, batch_size, request))
-    run = _prepare(resolved, data, device, batch_size, seed, storage, progress, tokenizer)
+    journal = Journal(out, stream_dir) if resume else None
+    finished = journal is not None and journal.published
+    writer = CheckpointWriter(out, overwrite=overwrite or finished, inside=journal.folder if journal else None)
+    resolved = resolve(model, recipe, scheme, **with_batch(recipe, batch_size, request))
+    where = stream_folder(stream_dir) or writer.out.parent
+    run = make_run(
+        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=where, journal=journal
+    )
     if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
         raise PlanishError(f"{out} is the model itself; write to another folder")
+    if resolved.recipe.whole is not None:
+        if announce:
+            announce(resolved)
+        tuned, figures = quantize_in_memory(run)
+        manifest = manifest_of(resolved, run, figures)
+        extra: dict[str, Content] = {"run.json": manifest.to_dict()}
+        write_model(tuned, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra)
+        return manifest
+    if journal is None:
+        if (left := Journal(out).folder).is_dir():
+            run.notes.append(f"{left} holds an unfinished run: go on with --resume, or delete it")
+        return _write(resolved, run, writer, announce)
+    wanted = run.identity(manifest_of(resolved, run, {}), recipe)
+    with journal:
+        journal.begin(wanted)
+        if finished and (done := RunManifest.read(writer.out)):
+            return done
+        return _write(resolved, run, writer, announce)
+
+
+def _write(
+    resolved: Resolved, run: Run, writer: CheckpointWriter, announce: Callable[[Resolved], None] | None
+) -> RunManifest:
+    """Run it, and give the folder its name. With a journal, blocks wait there until all are finished."""
     if announce:
         announce(resolved)
-    digests: dict[str, str] = {}
+    journal, source, skeleton = run.journal, resolved.source, resolved.source.skeleton()
+    spell = disk_speller(skeleton)
+
+    def write(name: str, tensor: Tensor) -> None:
+        writer.add(spell(name), tensor)
+
+    add, digests = (journal.add, journal.digests) if journal else (write, {})
+    trained: set[str] = set()
 
     def sink(name: str, quantized: QTensor) -> None:
         on_host = quantized.to("cpu")
         digests[name] = on_host.digest()
         for key, tensor in resolved.format.encode(name, on_host).items():
-            writer.add(key, tensor)
+            add(key, tensor)
+
+    def keep(name: str, tensor: Tensor) -> None:
+        add(name, tensor.to(source.dtype))
+        trained.add(name)
+
+    def verify(folder: Path) -> None:
+        verify_folder(folder, digests)
+        if journal:
+            journal.publish()
 
     with writer:
-        figures = run.execute(sink)
-        for name in resolved.source.names():
-            if name.removesuffix(".weight") not in digests:
-                writer.add(name, resolved.source.get(name))
-        manifest = _manifest(resolved, run, figures)
+        figures = run.execute(sink, keep)
+        for key, tensor in journal.tensors() if journal else ():
+            write(key, tensor)
+            trained.add(key)
+        for name in source.names():
+            if name.removesuffix(".weight") not in digests and name not in trained:
+                write(name, source.get(name))
+        manifest = manifest_of(resolved, run, figures)
         every = {name: resolved.schemes.get(name) for name in resolved.shapes}
-        source, skeleton = resolved.source, resolved.source.skeleton()
         config = config_of(source.config, skeleton, source.dtype, resolved.format.config(every))
         files = side_files(source.folder, skeleton, run.tokenizer)
-        writer.finish(
-            config, {**files, "run.json": manifest.to_dict()}, verify=lambda folder: verify_folder(folder, digests)
-        )
+        writer.finish(config, {**files, "run.json": manifest.to_dict()}, verify=verify)
     return manifest
-
-
-def _with_batch(recipe: str, batch_size: int | None, request: dict[str, Any]) -> dict[str, Any]:
-    """The request with `batch_size` as a key of the recipe, if the recipe takes steps at all."""
-    takes_it = batch_size is not None and "batch_size" in describe(recipe)["keys"]
-    return {**request, "batch_size": batch_size} if takes_it else request
-
-
-def _prepare(
-    resolved: Resolved,
-    data: str | Path | Tensor,
-    device: str | torch.device | None,
-    batch_size: int | None,
-    seed: int,
-    storage: str,
-    progress: Progress | None,
-    tokenizer: Any,
-) -> Run:
-    return Run(
-        source=resolved.source,
-        arch=resolved.arch,
-        recipe=resolved.recipe,
-        schemes=resolved.schemes,
-        device=compute_device(device),
-        micro_batch=8 if batch_size is None else batch_size,
-        seed=seed,
-        storage=storage,
-        progress=progress,
-        data=data,
-        samples=resolved.samples,
-        seqlen=resolved.seqlen,
-        tokenizer=tokenizer or resolved.source.tokenizer(),
-    )
-
-
-def _manifest(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunManifest:
-    return RunManifest(
-        model=resolved.source.label,
-        recipe=resolved.recipe.name,
-        keys=resolved.keys,
-        scheme=resolved.scheme_text,
-        layers={name: str(scheme) for name, scheme in resolved.schemes.items()},
-        format=resolved.format.name,
-        data=run.data_name,
-        data_sha256=run.data_sha256,
-        samples=0 if run.ids is None else len(run.ids),
-        seqlen=resolved.seqlen,
-        seed=run.seed,
-        versions=versions(),
-        figures=figures,
-    )
 
 
 def load(
@@ -313,34 +233,15 @@ def save(
         PlanishError: if the folder isn't empty, the format can't hold a layer, or nothing is quantized.
     """
     writer = CheckpointWriter(out, overwrite=overwrite)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed, shapes = packed_layers(model), block_shapes(model)
     if not packed:
         raise PlanishError("the model has no quantized layer; use save_pretrained() for a 16-bit one")
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | nn.Linear) and module is not model.get_output_embeddings()
-    }
     schemes = {name: packed[name].qtensor().scheme if name in packed else None for name in shapes}
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
     chosen = choose(schemes, shapes) if format == "auto" else FORMATS[format]
     verify_schemes(chosen, schemes, shapes)
-    digests = {}
-    with writer:
-        for name, module in packed.items():
-            quantized = module.qtensor().to("cpu")
-            digests[name] = quantized.digest()
-            for key, tensor in chosen.encode(name, quantized).items():
-                writer.add(key, tensor)
-        for key, tensor in plain_tensors(model):
-            writer.add(key, tensor)
-        tokenizer = tokenizer or tokenizer_of(model)
-        return writer.finish(
-            config_of(model.config, model, model.dtype, chosen.config(schemes)),
-            side_files(None, model, tokenizer),
-            verify=lambda folder: verify_folder(folder, digests),
-        )
+    return write_model(model, writer, chosen, tokenizer=tokenizer or tokenizer_of(model))
 
 
 def info(path: str | os.PathLike[str]) -> "Info":

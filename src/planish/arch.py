@@ -1,12 +1,15 @@
 """Arch: where a language model keeps its decoder blocks, its embedding and its head, as plain names.
 
-It is found by structure, not by family: the blocks are the nn.ModuleList that holds the most parameters
-among those whose children share a class and hold nn.Linear (of a multimodal model that is the language
-model's). What lies outside the blocks stays in 16 bits.
+It is found by structure, not by family: a stack is an nn.ModuleList whose children share a class and hold
+nn.Linear, and the blocks are the stack that is next of kin to the token embedding: the smallest module that
+holds the embedding and a stack holds it, and it lies in no part that reads pixels or sound instead of tokens;
+of several the one with the most parameters. A vision tower, however large, is farther off. What lies outside
+the blocks stays in 16 bits.
 
 This file knows nothing of quantizers, files or devices; a model on the meta device will do.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,6 +46,16 @@ class Arch:
         """Full name of a block, e.g. "model.layers.3"."""
         return f"{self.blocks}.{index}"
 
+    @property
+    def decoder(self) -> str:
+        """The module that takes token ids through the blocks, e.g. "model" or "model.language_model"."""
+        return self.blocks.rpartition(".")[0]
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """Those of `outside` that lie in the decoder: all that text needs but for the blocks and the head."""
+        return tuple(name for name in self.outside if name.startswith(f"{self.decoder}."))
+
 
 def discover(model: "PreTrainedModel", packed: type[nn.Module] | tuple[()] = ()) -> Arch:
     """Find the parts of a transformers language model.
@@ -62,11 +75,11 @@ def discover(model: "PreTrainedModel", packed: type[nn.Module] | tuple[()] = ())
             f"{kind} has no recognisable blocks (an nn.ModuleList of one class with nn.Linear in it); "
             "give a decoder-only language model"
         )
-    blocks = max(lists, key=lambda name: _size(lists[name], packed))
-    _refuse_fused_experts(lists[blocks], blocks)
     embedding = _name_of(model, model.get_input_embeddings())
     if embedding is None:
         raise PlanishError(f"{kind} has no token embedding; give a decoder-only language model")
+    blocks = max(lists, key=lambda name: (*_kinship(model, name, embedding), _size(lists[name], packed)))
+    _refuse_fused_experts(lists[blocks], blocks)
     head = _name_of(model, model.get_output_embeddings())
     outside = tuple(_outside(model, "", blocks))
     return Arch(blocks=blocks, num_blocks=len(lists[blocks]), embedding=embedding, head=head, outside=outside)
@@ -93,6 +106,15 @@ def _is_stack(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> bool:
     if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
         return False
     return all(any(isinstance(part, (nn.Linear, packed)) for part in child.modules()) for child in module)
+
+
+def _kinship(model: nn.Module, stack: str, embedding: str) -> tuple[int, bool]:
+    """How deep the smallest module lies that holds both, and whether the way from there to the stack is one of
+    tokens: transformers' encoders of other things say so by their `main_input_name`."""
+    parts = stack.split(".")
+    shared = len(os.path.commonprefix([parts, embedding.split(".")]))
+    between = (model.get_submodule(".".join(parts[:i])) for i in range(shared + 1, len(parts)))
+    return shared, all(getattr(part, "main_input_name", "input_ids") == "input_ids" for part in between)
 
 
 def _size(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> int:

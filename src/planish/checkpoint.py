@@ -35,19 +35,30 @@ class CheckpointWriter:
     Args:
         out: the final folder. Its parents are made.
         overwrite: replace a checkpoint that is there, once the new one is whole.
+        inside: an existing folder beside `out`, nobody else's, to write in under fixed names; what a killed
+            process left there is put right first.
         shard_bytes: tensors are held in memory until a shard of about this size is full.
 
     Raises:
         PlanishError: if `out` exists and isn't an empty folder (unless `overwrite`), or can't be written.
     """
 
-    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = 1 << 29) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        inside: Path | None = None,
+        shard_bytes: int = 1 << 29,
+    ) -> None:
         self.out = Path(out).resolve()
         self.shard_bytes = shard_bytes
         _refuse_existing(self.out, overwrite)
         token = secrets.token_hex(4)
         self._partial = self.out.with_name(f".{self.out.name}.partial-{token}")
         self._replaced = self.out.with_name(f".{self.out.name}.replaced-{token}")
+        if inside is not None:
+            self._partial, self._replaced = inside / "partial", inside / "replaced"
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -56,12 +67,16 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         with self._reporting():
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._tidy()
             self._partial.mkdir()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._tidy()
+
+    def _tidy(self) -> None:
         if self._replaced.exists() and not self.out.exists():  # interrupted between the two renames
             self._replaced.rename(self.out)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -104,7 +119,7 @@ class CheckpointWriter:
             self._name_shards()
             for name, content in {"config.json": config, **(extra_files or {})}.items():
                 _write(self._partial / name, content)
-            _sync(self._partial)
+            sync(self._partial)
         if verify is not None:
             verify(self._partial)
         with self._reporting():
@@ -116,7 +131,7 @@ class CheckpointWriter:
         with self._reporting():
             save_file(self._pending, shard, metadata={"format": "pt"})
             shard.chmod(0o644)  # safetensors makes files that only their owner can read
-            _sync(shard)
+            sync(shard)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -137,7 +152,7 @@ class CheckpointWriter:
         if self.out.exists():
             self.out.rename(self._replaced)
         self._partial.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -168,6 +183,14 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
+def replace(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file so that at any moment either the old one or the new one is there, whole."""
+    new = path.with_name(path.name + ".new")
+    _write(new, content)
+    new.replace(path)
+    sync(path.parent)
+
+
 def _write(path: Path, content: Content) -> None:
     if isinstance(content, Path):
         shutil.copyfile(content, path)
@@ -177,11 +200,11 @@ def _write(path: Path, content: Content) -> None:
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         path.write_text(content, encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
+def sync(path: Path) -> None:
+    """Make a file, what was written through a mapping too, or a folder's entries durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
 """The command line: verbs, each a thin call of the Python API.
 
-    planish quantize | recipes | eval | generate | info
+    planish quantize | finetune | recipes | eval | generate | info
 
 What a user can mend is one line on stderr and exit status 2. Torch and transformers are imported inside
 the verbs, so that --help answers at once. This file knows nothing of methods, formats or models.
@@ -34,6 +34,7 @@ Take a Hugging Face language model to 2, 3 or 4 bits.
 \b
   planish quantize Qwen/Qwen3-0.6B --out q4
   planish quantize ./model --bits 2 --preset best --data text.jsonl --out q2
+  planish finetune q2 --data chats.jsonl --out q2-tuned
   planish eval q4 --ppl wiki.test.raw
   planish generate q4 "What is a planishing hammer?"
 
@@ -54,11 +55,31 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
     planish quantize ./model --recipe rtn search=true --out q4
   more bits for some linears, 16 for others:
     planish quantize ./model --layers down_proj=w8 --ignore o_proj --out q4
+  hours of work that a kill must not cost; the same command goes on:
+    planish quantize ./model --preset best --resume --out q4
   a method of your own, with its own keys:
     planish quantize ./model --recipe ./mine.py:mine steps=50 --out q4
 
 KEY=VALUE sets a recipe's own keys: see planish recipes signround. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
+"""
+
+_FINETUNE = """
+Train MODEL end to end and write it, packed. MODEL is a quantized folder, whose scales then learn while its
+codes stay; or a float model, for a recipe that quantizes first.
+
+\b
+  scales of a 2-bit model, on conversations, the loss on the answers:
+    planish finetune q2 --data chats.jsonl --out q2-tuned
+  by distillation from the float model that q2 was made of:
+    planish finetune q2 --data text.jsonl --out q2-tuned distill=1
+  EfficientQAT, whole, from the float model:
+    planish finetune ./model --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
+  go on after a kill, from the last checkpoint:
+    planish finetune q2 --data text.jsonl --out q2-tuned --save-every 100 --resume
+
+--data takes plain text as planish quantize does, or conversations (.jsonl of messages, ShareGPT or alpaca
+rows), rendered by the model's chat template. KEY=VALUE sets the recipe's own keys: planish recipes e2e_qp.
 """
 
 
@@ -71,6 +92,8 @@ ModelName = Annotated[str, Argument(metavar="MODEL")]
 Folder = Annotated[str, Argument(metavar="DIR", help="A folder or hub id, quantized or not.")]
 Device = Annotated[str | None, _optional("cpu, cuda, cuda:1; the GPU if there is one.")]
 Seqlen = Annotated[int, Option(help="Tokens of a window.")]
+Pairs = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_default=False)]
+Out = Annotated[Path | None, _optional("Folder to write; must be new or empty.")]
 
 
 @app.callback(help=_OVERVIEW)
@@ -81,8 +104,8 @@ def planish() -> None:
 @app.command(help=_QUANTIZE, no_args_is_help=True)
 def quantize(
     model: ModelName,
-    pairs: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    out: Annotated[Path | None, _optional("Folder to write; must be new or empty.")] = None,
+    pairs: Pairs = None,
+    out: Out = None,
     recipe: Annotated[str, Option(help="Method by name, or ./mine.py:function.")] = "signround",
     preset: Annotated[str | None, _optional("fast, light, default, best, paper.")] = None,
     scheme: Annotated[str | None, _optional("Such as w4g128 (the default), w2g64asym, w4pc.")] = None,
@@ -98,6 +121,8 @@ def quantize(
     seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,
     revision: Annotated[str | None, _optional("Of a hub model.")] = None,
     storage: Annotated[str, Option(help="Where activations wait: auto, device, host, disk.")] = "auto",
+    stream_dir: Annotated[Path | None, _optional("Folder for activations on disk; beside --out if not given.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Keep what is finished; go on from it after a kill.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
 ) -> None:
     if out is None:
@@ -121,10 +146,68 @@ def quantize(
         seed=seed,
         revision=revision,
         storage=storage,
+        stream_dir=stream_dir,
+        resume=resume,
         overwrite=overwrite,
         announce=lambda resolved: _say("\n".join(resolved.summary())),
         progress=show_event,
         **_keys(pairs or []),
+    )
+    _say(f"wrote {out} ({_size(_disk_bytes(out))}); next: planish eval {out} --seqlen 512")
+
+
+@app.command(help=_FINETUNE, no_args_is_help=True)
+def finetune(
+    model: ModelName,
+    pairs: Pairs = None,
+    out: Out = None,
+    recipe: Annotated[str, Option(help="Method by name, or ./mine.py:function.")] = "e2e_qp",
+    preset: Annotated[str | None, _optional("fast, light, default, best, paper.")] = None,
+    scheme: Annotated[str | None, _optional("Of a float model, such as w2g64asym.")] = None,
+    data: Annotated[str, Option(help="Text or conversations.")] = "embedded",
+    samples: Annotated[int | None, _optional("Windows; 128 unless the preset says.")] = None,
+    seqlen: Annotated[int | None, _optional("Tokens of a window; 2048 unless the preset says.")] = None,
+    steps: Annotated[int | None, _optional("Optimizer steps.")] = None,
+    epochs: Annotated[float | None, _optional("Passes over the windows, where steps aren't given.")] = None,
+    teacher: Annotated[str | None, _optional("Float model to distil from; else the one in run.json.")] = None,
+    batch_size: Annotated[int, Option(help="Windows in one pass; batch_size=8 is a step's.")] = 4,
+    checkpointing: Annotated[bool | None, _optional("Recompute blocks, by the model's size if not given.")] = None,
+    save_every: Annotated[int, Option(help="Steps between checkpoints; 0 writes none.")] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    track: Annotated[str, Option(help="tensorboard or wandb, where installed.")] = "none",
+    format: Annotated[str, Option(help="On disk, of a float model.")] = "auto",
+    device: Device = None,
+    seed: Annotated[int, Option(help="Of windows and their order.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
+) -> None:
+    if out is None:
+        raise PlanishError("where to? give a new folder with --out DIR")
+    from planish import tuning
+    from planish.recipes import describe
+
+    own = describe(recipe)["keys"]
+    counts = {"e2e_" + k if "e2e_" + k in own else k: v for k, v in (("steps", steps), ("epochs", epochs)) if v}
+    tuning.finetune(
+        model,
+        out,
+        recipe,
+        scheme,
+        preset=preset,
+        data=data,
+        samples=samples,
+        seqlen=seqlen,
+        teacher=teacher,
+        batch_size=batch_size,
+        checkpointing=checkpointing,
+        save_every=save_every,
+        resume=resume,
+        track=track,
+        format=format,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        progress=show_event,
+        keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size",))},
     )
     _say(f"wrote {out} ({_size(_disk_bytes(out))}); next: planish eval {out} --seqlen 512")
 
@@ -292,10 +375,10 @@ def _scheme(scheme: str | None, bits: int | None) -> str:
     return f"w{bits}g{64 if bits == 2 else 128}"
 
 
-def _keys(pairs: Iterable[str]) -> dict[str, str]:
+def _keys(pairs: Iterable[str], command: Any = quantize, allowed: tuple[str, ...] = ()) -> dict[str, str]:
     """KEY=VALUE texts; a key that is an option of the command is refused, not taken twice."""
     keys: dict[str, str] = {}
-    options = {name for name in quantize.__annotations__ if name not in ("model", "pairs", "return")}
+    options = {name for name in command.__annotations__ if name not in ("model", "pairs", "return", *allowed)}
     for pair in pairs:
         key, sep, value = pair.partition("=")
         if not sep or not key.isidentifier():

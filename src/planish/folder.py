@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import discover, linears
-from planish.checkpoint import Content
+from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
 from planish.formats import detect
 from planish.formats.format import Format
-from planish.kernels.linear import PackedLinear
+from planish.kernels.linear import PackedLinear, packed_layers
+from planish.naming import disk_speller
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
 from planish.source import FolderSource, Source, find_folder
 
+PROCESSORS = "*processor_config.json"
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -36,7 +38,7 @@ SIDE_FILES = (
     "*.model",
     "chat_template*",
     "generation_config.json",
-    "*processor_config.json",
+    PROCESSORS,
 )
 
 
@@ -65,7 +67,12 @@ class QuantizedFolder:
         found = detect(how)
         skeleton = source.skeleton()
         shapes = linears(discover(skeleton), skeleton)
-        return cls(source=source, format=found, schemes=found.schemes(how, shapes), shapes=shapes)
+        schemes = found.schemes(how, shapes)
+        if not schemes:  # others may name layers as they are spelled on disk
+            spell = disk_speller(skeleton)
+            on_disk = found.schemes(how, {spell(name): shape for name, shape in shapes.items()})
+            schemes = {name: on_disk[spell(name)] for name in shapes if spell(name) in on_disk}
+        return cls(source=source, format=found, schemes=schemes, shapes=shapes)
 
     def layers(self) -> Iterator[tuple[str, QTensor]]:
         """(name, QTensor) of each quantized linear, one at a time."""
@@ -115,6 +122,53 @@ def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
             )
 
 
+def write_model(
+    model: PreTrainedModel,
+    writer: CheckpointWriter,
+    format: Format,
+    *,
+    source: Source | None = None,
+    tokenizer: Any = None,
+    extra: Mapping[str, Content] | None = None,
+) -> Path:
+    """Write a model in memory, its packed layers in a format; read back before the folder gets its name.
+
+    Args:
+        source: what the model was made of: configuration and side files are taken over from there.
+        tokenizer: goes beside it where the source has no folder.
+        extra: more files, by name.
+
+    Raises:
+        PlanishError: if the format can't hold a layer, the disk is full, or something is read back different.
+    """
+    packed, spell = packed_layers(model), disk_speller(model)
+    schemes = {name: packed[name].qtensor().scheme if name in packed else None for name in block_shapes(model)}
+    digests = {}
+    with writer:
+        for name, module in packed.items():
+            quantized = module.qtensor().to("cpu")
+            digests[name] = quantized.digest()
+            for key, tensor in format.encode(name, quantized).items():
+                writer.add(spell(key), tensor)
+        for key, tensor in plain_tensors(model):
+            writer.add(spell(key), tensor)
+        return writer.finish(
+            config_of(model.config if source is None else source.config, model, model.dtype, format.config(schemes)),
+            {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
+            verify=lambda folder: verify_folder(folder, digests),
+        )
+
+
+def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of the blocks, packed or not."""
+    blocks = discover(model, PackedLinear).blocks
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and isinstance(module, PackedLinear | nn.Linear)
+    }
+
+
 def plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers outside of packed layers, and the biases of those; tied ones once."""
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -151,6 +205,9 @@ def side_files(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -> d
     if folder is not None:
         return {file.name: file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()}
     files: dict[str, Content] = {}
+    origin = model.config.name_or_path
+    if origin and Path(origin).is_dir():  # a tokenizer writes itself, but processors of images are files only
+        files |= {file.name: file for file in sorted(Path(origin).glob(PROCESSORS)) if file.is_file()}
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string()
     if tokenizer is None:

@@ -1,9 +1,12 @@
 """Run: one recipe over one model, from a source of weights to a sink of codes.
 
 It loads what stands before the blocks, records the streams, frees it, and walks the recipe's stages. Peak
-memory is one span of blocks, its fit, and the streams. Knows nothing of formats and folders.
+memory is one span of blocks, its fit, and the streams. With a journal, what a span finished is kept there
+before the next one starts, and a run goes on behind what it finds there. Knows nothing of formats.
 """
 
+import dataclasses
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +19,11 @@ import planish.kernels  # noqa: F401  registers the fast kernels of the fake qua
 from planish import data as texts
 from planish.arch import Arch
 from planish.errors import PlanishError
-from planish.fit.spans import Job, Sink, run_stage, trial
-from planish.log import Clock, Event, Progress, peak_bytes
+from planish.fit.reconstruct import Outcome
+from planish.fit.spans import Job, Keep, Sink, run_stage, trial
+from planish.journal import Journal, fingerprint
+from planish.log import Clock, Event, Progress, RunManifest, peak_bytes
+from planish.plan import StreamPlan, measure_room, plan_streams
 from planish.recipes import Recipe
 from planish.scheme import Scheme
 from planish.source import Source
@@ -32,6 +38,11 @@ class Run:
         micro_batch: samples in one forward or backward pass.
         seed: of the choice of windows and of the fit.
         data: calibration text, or token ids int64 [n, seqlen].
+        stream_dir: folder for streams that don't fit memory; that for temporary files if not given.
+        journal: where the run is kept and found again; streams lie where it says.
+
+    Attributes:
+        plan: where the streams will live; None if the recipe needs no data.
     """
 
     source: Source
@@ -47,23 +58,52 @@ class Run:
     samples: int
     seqlen: int
     tokenizer: Any
+    stream_dir: Path | None = None
+    journal: Journal | None = None
     ids: Tensor | None = field(default=None, init=False)
+    plan: StreamPlan | None = field(default=None, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
             raise PlanishError(f"a batch size of {self.micro_batch}; at least 1 sample at a time is needed")
         self.dtype = compute_dtype(self.source.dtype, self.device)
-        if len(self.recipe.stages) != 1:
+        if len(self.recipe.blocks) != 1:
             raise PlanishError(
-                f"recipe {self.recipe.name!r} has {len(self.recipe.stages)} stages; one is supported yet"
+                f"recipe {self.recipe.name!r} goes through the blocks more than once; one pass is supported"
+            )
+        if self.recipe.whole is not None and self.journal is not None:
+            raise PlanishError(
+                f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume, "
+                "then planish finetune with --resume"
             )
         if not self.recipe.needs_data:
             return
         if self.tokenizer is None and not isinstance(self.data, Tensor):
             raise PlanishError(f"{self.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
         self.ids, note = texts.windows(self.tokenizer, self.data, self.samples, self.seqlen, self.seed)
-        if note and self.progress:
-            self.progress(Event(stage="data", index=0, total=self.arch.num_blocks, note=note))
+        self.notes += [note] if note else []
+        self.plan = self._plan(*self.ids.shape)
+        self.notes.append(self.plan.summary())
+
+    def _plan(self, samples: int, seqlen: int) -> StreamPlan:
+        fit = self.recipe.blocks[0].fit
+        hidden = self.source.config.get_text_config().hidden_size
+        return plan_streams(
+            samples,
+            seqlen,
+            hidden,
+            self.dtype,
+            self.storage,
+            self.device,
+            measure_room(self.device, self.stream_folder),
+            count=1 if fit is None else 2 if fit.target == "float" else 3,
+            keep=self.journal is not None,
+        )
+
+    @property
+    def stream_folder(self) -> Path:
+        return self.journal.streams if self.journal else self.stream_dir or Path(tempfile.gettempdir())
 
     @property
     def data_name(self) -> str:
@@ -73,8 +113,34 @@ class Run:
     def data_sha256(self) -> str:
         return "" if self.ids is None else texts.sha256(self.ids)
 
-    def execute(self, sink: Sink) -> dict[str, Any]:
-        """Quantize everything; codes go to the sink span by span.
+    def identity(self, manifest: RunManifest, recipe: str) -> dict[str, Any]:
+        """All that decides what this run writes; one that was killed goes on only for the same.
+
+        Args:
+            recipe: as it was asked for, 'path/to/file.py:function' perhaps.
+
+        Raises:
+            PlanishError: if the model is in memory, where it can't be told from another one.
+        """
+        folder, file = self.source.folder, Path(self.source.label)
+        if folder is None and not file.is_file():
+            raise PlanishError("--resume needs a model in a folder; write this one with save_pretrained() first")
+        files = [file] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+        facts = manifest.to_dict()
+        del facts["figures"], facts["data"]  # a text is known by its hash
+        code = recipe.rpartition(":")[0]
+        return {
+            **facts,
+            "recipe code": fingerprint([Path(code)]) if code else "",
+            "weights": fingerprint(files),
+            "batch size": self.micro_batch,
+            "dtype": str(self.dtype),
+            "device": device_kind(self.device),
+            "stream folder": str(self.stream_folder),
+        }
+
+    def execute(self, sink: Sink, keep: Keep | None = None) -> dict[str, Any]:
+        """Quantize everything; codes go to the sink span by span, other tensors that were trained to `keep`.
 
         Returns:
             Figures of the run: seconds, peak bytes, held-out loss before and after each span.
@@ -82,50 +148,71 @@ class Run:
         clock = Clock()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        stream = self._stream() if self.ids is not None else None
-        (stage,) = self.recipe.stages
+        facts = _Facts(**(self.journal.facts if self.journal else {}))
+        first = self.journal.blocks if self.journal else 0
+        self._say_notes(first)
+        stream = self._stream(first, facts) if self.ids is not None and first < self.arch.num_blocks else None
+        (stage,) = self.recipe.blocks
         job = Job(
             stage=stage,
             blocks=self,
             schemes=self.schemes,
             stream=stream,
             sink=sink,
+            keep=keep,
             device=self.device,
-            micro_batch=self.micro_batch,
+            micro_batch=facts.micro_batch or self.micro_batch,
             seed=self.seed,
             clock=clock,
+            first=first,
         )
-        if stage.fit is not None and self.device.type == "cuda":
+        if stage.fit is not None and self.device.type == "cuda" and not first:
             job = trial(job)
-        outcomes = run_stage(job, self.progress)
+        before = facts.seconds
+
+        def finished(blocks: int, outcome: Outcome | None) -> None:
+            facts.seconds, facts.micro_batch = before + clock.seconds, job.micro_batch
+            if outcome is not None:
+                facts.losses.append([outcome.before, outcome.after])
+                facts.notes.extend(outcome.notes)
+            if self.journal is not None:
+                if stream is not None and blocks < self.arch.num_blocks:
+                    facts.generation = stream.settle()
+                self.journal.commit(blocks, dataclasses.asdict(facts))
+
+        run_stage(dataclasses.replace(job, finished=finished), self.progress)
         return {
-            "seconds": round(clock.seconds, 2),
+            "seconds": round(before + clock.seconds, 2),
             "peak_bytes": peak_bytes(self.device),
-            "losses": [[outcome.before, outcome.after] for outcome in outcomes],
-            "notes": [note for outcome in outcomes for note in outcome.notes],
+            "losses": facts.losses,
+            "notes": facts.notes,
         }
 
-    def _stream(self) -> BlockStream:
-        assert self.ids is not None
-        model = self.source.skeleton()
-        outside = [name for name in self.arch.outside if name != self.arch.head]
-        for name in outside:
-            self.source.load(model.get_submodule(name), name, self.device, self.dtype)
-        decoder = model.get_submodule(self.arch.blocks.rpartition(".")[0])
-        blocks = model.get_submodule(self.arch.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        stream = BlockStream(
-            decoder,
-            blocks,
-            self.ids,
-            device=self.device,
-            storage=self.storage,
-            micro_batch=self.micro_batch,
-            quantized=self.recipe.stages[0].fit is not None,
-        )
-        for name in outside:
-            self.source.unload(model.get_submodule(name))
-        return stream
+    def _say_notes(self, first: int) -> None:
+        going_on = [f"going on behind block {first} of {self.arch.num_blocks}"] if first else []
+        for note in [*self.notes, *going_on]:
+            if self.progress:
+                self.progress(Event(stage="data", index=0, total=self.arch.num_blocks, note=note))
+
+    def _stream(self, first: int, facts: "_Facts") -> BlockStream:
+        assert self.ids is not None and self.plan is not None
+        if self.journal is not None:
+            self.journal.streams.mkdir(parents=True, exist_ok=True)
+        with self.source.lend(self.arch.around, self.device, self.dtype) as model:  # neither head nor vision tower
+            blocks = model.get_submodule(self.arch.blocks)
+            assert isinstance(blocks, nn.ModuleList)
+            return BlockStream(
+                model.get_submodule(self.arch.decoder),
+                blocks,
+                self.ids,
+                device=self.device,
+                storage=self.plan.where,
+                micro_batch=facts.micro_batch or self.micro_batch,
+                quantized=self.recipe.blocks[0].fit is not None,
+                directory=self.stream_folder,
+                keep=self.journal is not None,
+                generation=facts.generation if first else None,
+            )
 
     @property
     def names(self) -> list[str]:
@@ -142,6 +229,21 @@ class Run:
         self.source.unload(self.source.skeleton().get_submodule(self.names[index]))
 
 
+@dataclass(kw_only=True)
+class _Facts:
+    """What finished spans leave to a run that goes on behind them, in the journal's JSON.
+
+    `micro_batch` is the one that fitted the GPU's memory, which another day might give another one;
+    `generation` says which files hold the streams.
+    """
+
+    seconds: float = 0.0
+    micro_batch: int = 0
+    generation: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 def compute_device(device: str | torch.device | None) -> torch.device:
     """The one asked for, else the GPU if there is one.
 
@@ -155,6 +257,13 @@ def compute_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PlanishError(f"no device {str(chosen)!r} here ({torch.cuda.device_count()} GPUs); use cpu")
     return chosen
+
+
+def device_kind(device: torch.device) -> str:
+    """What of a device decides the last bits of a result: two of a kind give the same ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

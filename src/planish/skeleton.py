@@ -6,6 +6,7 @@ real, as the model itself starts them. Knows nothing of files.
 
 import copy
 from collections import defaultdict
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from planish.errors import PlanishError, first_line
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool) -> PreTrainedModel:
     """The model on meta; then its buffers again on the CPU, as the model itself starts them."""
-    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    autos = _classes(config)
     for auto in autos:
         try:
             with torch.device("meta"):
@@ -35,6 +36,13 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool) 
                 part._is_hf_initialized = False  # asks the model to start this module, and no other, again
     model.initialize_weights()
     return model
+
+
+def _classes(config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Makers of models to try in turn: of a multimodal checkpoint the first makes its language model alone."""
+    text, image = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    whole = image._model_mapping.get(type(config), None)
+    return (image, text) if getattr(whole, "__name__", None) in (config.architectures or ()) else (text, image)
 
 
 def _poison(dtype: torch.dtype) -> float | int:

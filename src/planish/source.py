@@ -4,8 +4,8 @@
     model = source.skeleton()              parameters on meta, buffers real
     source.load(block, "model.layers.0", device)  ...  source.unload(block)
 
-Names are those of the model's modules; a base-model prefix ("model.") that the files lack or add is
-mapped, tied tensors go by the embedding's name. It knows nothing of quantizers or formats.
+Names are those of the model's modules, however the files spell them (see `naming`); tied tensors go by the
+embedding's name. It knows nothing of quantizers or formats.
 """
 
 import copy
@@ -15,7 +15,8 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from planish.arch import discover
 from planish.errors import PlanishError, first_line
+from planish.naming import module_names
 from planish.skeleton import build, is_unstarted, on_meta, put, ready, tied_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -124,6 +126,19 @@ class Source(ABC):
             for leaf, parameter in list(part.named_parameters(recurse=False)):
                 setattr(part, leaf, emptied.get(id(parameter), parameter))
 
+    @contextmanager
+    def lend(
+        self, parts: Sequence[str], device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> Iterator[PreTrainedModel]:
+        """The skeleton with some parts loaded, by their full names, for as long as the context lasts."""
+        try:
+            for name in parts:
+                self.load(self._model.get_submodule(name), name, device, dtype)
+            yield self._model
+        finally:
+            for name in parts:
+                self.unload(self._model.get_submodule(name))
+
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point() or not tensor.numel():
             return
@@ -165,7 +180,7 @@ class FolderSource(Source):
         self._trust = trust_remote_code
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(on_disk)
         model = build(config, dtype, label, trust_remote_code)
-        self._places = _by_module_name(model, on_disk)
+        self._places = {name: on_disk[key] for key, name in module_names(model, on_disk).items()}
         if self._untie(model):
             config.tie_word_embeddings = model.config.tie_word_embeddings = False
         super().__init__(model, config, label, folder)
@@ -411,15 +426,3 @@ def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
             if (tensor := handle.get_tensor(place.key)).is_floating_point():
                 return tensor.dtype
     return torch.float32
-
-
-def _by_module_name(model: PreTrainedModel, on_disk: dict[str, _Place]) -> dict[str, _Place]:
-    """Places under module names; what belongs to no module keeps its name."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    prefix = f"{model.base_model_prefix}."
-    places = {}
-    for key, place in on_disk.items():
-        spellings = (key, prefix + key, key.removeprefix(prefix))
-        places[next((name for name in spellings if name in known), key)] = place
-    return places

@@ -3,7 +3,10 @@
 `fp` is what the float model computes there, `quant` what the model computes whose earlier blocks are
 quantized already. The model's embedding runs once; each block's other arguments (position embeddings,
 masks) are recorded then, block by block, since they differ between layers in some models. Both streams
-live on the device, in host memory or in a file, and are read and written in slices of samples.
+live on the device, in host memory or in mapped files, and are read and written in slices of samples.
+
+A run that shall survive a kill keeps two files of each stream: a span reads one and writes the other, so
+that what stood before it is whole until `settle` says that the other one is.
 
 Knows nothing of quantizers: a block is any module that maps hidden states to hidden states.
 """
@@ -17,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.checkpoint import sync
 from planish.errors import PlanishError
+from planish.feed import Drain, Feed
 
-STORAGES = ("auto", "device", "host", "disk")
+STORAGES = ("device", "host", "disk")
 
 
 class _Reached(Exception):
     """The forward pass has come as far as was asked; not an error."""
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands where a block was: records its arguments and hands the hidden states on unchanged."""
 
     def __init__(self, block: nn.Module, last: bool) -> None:
@@ -60,7 +65,7 @@ def record(
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Hidden states before block 0, and the arguments of the blocks (of block 0 alone, or of every one)."""
     original = list(blocks)
-    recorders = [_Recorder(block, i == len(original) - 1 or not every_block) for i, block in enumerate(original)]
+    recorders = [Recorder(block, i == len(original) - 1 or not every_block) for i, block in enumerate(original)]
     try:
         for i, recorder in enumerate(recorders):
             blocks[i] = recorder
@@ -83,10 +88,15 @@ class BlockStream:
         model: the decoder whose embedding is loaded (blocks may be on meta).
         blocks: its decoder blocks.
         ids: token ids int64 [samples, tokens], every window full.
-        device: where blocks run. storage: where the streams live, one of STORAGES; "auto" is the device
-            if both take less than a third of its free memory, else the host.
+        device: where blocks run. storage: where the streams live, one of STORAGES; see `plan` for a choice.
         micro_batch: samples in one forward pass.
         quantized: whether the quantized stream is needed too; if not, `quant` is empty.
+        directory: of the files of storage "disk"; unlinked as soon as they are mapped, unless
+        keep: they shall outlive the process, two of each stream.
+        generation: which of those two to begin from, as `settle` gave it; None begins at the embedding.
+
+    Raises:
+        PlanishError: if there is no such storage, no room in `directory`, or a file to begin from is missing.
     """
 
     def __init__(
@@ -96,36 +106,48 @@ class BlockStream:
         ids: Tensor,
         *,
         device: torch.device,
-        storage: str = "auto",
+        storage: str = "host",
         micro_batch: int = 8,
         quantized: bool = True,
-        directory: str | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        keep: bool = False,
+        generation: int | None = None,
     ) -> None:
         if storage not in STORAGES:
             raise PlanishError(f"no storage {storage!r}; use one of {', '.join(STORAGES)}")
-        self.device, self.micro_batch, self._directory = device, micro_batch, directory
+        assert not keep or (storage == "disk" and directory is not None), "only files can be kept"
+        self.device, self.storage, self.micro_batch = device, storage, micro_batch
+        self.directory, self.generation = Path(directory or tempfile.gettempdir()), generation or 0
+        self._kept: dict[str, list[Tensor]] | None = {} if keep else None
         # one sample, so that masks and positions broadcast over any batch
         first, self.arguments = record(model, blocks, ids[:1].to(device), every_block=True)
-        shape = (len(ids), *first.shape[1:])
-        self.storage = _choose(storage, shape, first.dtype, device)
-        self.fp = self._allocate(shape, first.dtype)
-        for part in self.parts():
-            self.fp[part] = record(model, blocks, ids[part].to(device), every_block=False)[0].to(self.fp.device)
-        self.quant = self.copy(self.fp) if quantized else self.fp[:0]
+        shape, names = (len(ids), *first.shape[1:]), ("fp", "quant") if quantized else ("fp",)
+        self.fp, *rest = [self._allocate(shape, first.dtype, name, must_exist=generation is not None) for name in names]
+        self.quant = rest[0] if rest else self.fp[:0]
+        if generation is None:
+            for part in self.parts():
+                self.fp[part] = record(model, blocks, ids[part].to(device), every_block=False)[0].to(self.fp.device)
+            if quantized:
+                self.quant.copy_(self.fp)
 
     def __len__(self) -> int:
         return len(self.fp)
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, name: str = "", must_exist: bool = False) -> Tensor:
         if self.storage == "device":
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self.storage == "host":
-            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            # not pinned: batches go through pinned buffers, and a system short of memory can page this out
+            return torch.empty(shape, dtype=dtype)
+        if self._kept is not None and name:
+            self._kept[name] = [_mapped(path, shape, dtype, must_exist) for path in self._files(name)]
+            return self._kept[name][self.generation]
         # mapped, then unlinked: the room is given back with the tensor, or when the process dies
-        size = torch.Size(shape).numel()
-        with tempfile.NamedTemporaryFile(prefix="planish-stream-", dir=self._directory) as file:
-            _reserve(file.fileno(), size * dtype.itemsize, Path(file.name).parent)
-            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+        with tempfile.NamedTemporaryFile(prefix="planish-stream-", dir=self.directory) as file:
+            return _mapped(Path(file.name), shape, dtype, must_exist=False)
+
+    def _files(self, name: str) -> list[Path]:
+        return [self.directory / f"{name}.{generation}" for generation in (0, 1)]
 
     def copy(self, stream: Tensor) -> Tensor:
         """A copy of a stream, where streams live."""
@@ -142,10 +164,46 @@ class BlockStream:
 
     @torch.no_grad()
     def advance(self, stream: Tensor, block: nn.Module, index: int) -> None:
-        """Overwrite a stream by what the block makes of it."""
-        for part in self.parts():
-            hidden = stream[part].to(self.device, non_blocking=True)
-            stream[part] = self.run(block, index, hidden).to(stream.device)
+        """Put in a stream's place what the block makes of it; reads ahead and writes behind the device.
+
+        The tensor is overwritten, or, if its file is the one that survives a kill, `fp` or `quant` is another
+        tensor afterwards.
+        """
+        into = self._successor(stream)
+        with Feed((stream,), self.parts(), self.device) as feed, Drain(into, self.device) as drain:
+            for part, (hidden,) in zip(self.parts(), feed, strict=True):
+                drain.put(part, self.run(block, index, hidden))
+        if stream is self.fp:
+            self.fp = into
+        elif stream is self.quant:
+            self.quant = into
+
+    def _successor(self, stream: Tensor) -> Tensor:
+        pairs = (self._kept or {}).values()
+        return next((pair[1 - self.generation] for pair in pairs if stream is pair[self.generation]), stream)
+
+    def settle(self) -> int:
+        """Make kept streams, all of them advanced, durable as they are; the next span writes the other files.
+
+        Returns:
+            The generation to begin from after a kill, once the caller has made that known.
+        """
+        assert self._kept is not None, "only kept streams settle"
+        self.generation = 1 - self.generation
+        for name in self._kept:
+            sync(self._files(name)[self.generation])
+        return self.generation
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, must_exist: bool) -> Tensor:
+    """A file as a tensor, shared with the page cache: it takes no memory that the system can't have back."""
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    if must_exist and not (path.is_file() and path.stat().st_size == size):
+        raise PlanishError(f"{path}, which this run goes on from, is missing or cut; delete its folder to start anew")
+    with path.open("ab") as file:
+        _reserve(file.fileno(), size, path.parent)
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 
 
 def _reserve(file: int, size: int, folder: Path) -> None:
@@ -158,14 +216,5 @@ def _reserve(file: int, size: int, folder: Path) -> None:
     except OSError as error:
         raise PlanishError(
             f"no room for {size / 1e9:.2f} GB of activations in {folder} ({error.strerror}); "
-            "set TMPDIR to a larger disk, or use --storage host"
+            "name a folder on a larger disk with --stream-dir, or use --storage host"
         ) from error
-
-
-def _choose(storage: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
-    if storage != "auto":
-        return "host" if storage == "device" and device.type == "cpu" else storage
-    if device.type != "cuda":
-        return "host"
-    needed = 2 * torch.Size(shape).numel() * dtype.itemsize
-    return "device" if needed < torch.cuda.mem_get_info(device)[0] / 3 else "host"

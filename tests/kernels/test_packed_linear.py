@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from planish.errors import PlanishError
 from planish.kernels.linear import PackedLinear
 from planish.qtensor import QTensor
 
@@ -71,6 +72,107 @@ def test_gradients_pass_through_to_x(layer):
     few = torch.randn(1, 64).bfloat16().requires_grad_()
     layer(few).sum().backward()
     assert few.grad is not None
+
+
+def test_a_frozen_layer_keeps_no_dense_weight_for_its_gradient(layer):
+    held = []
+    x = torch.randn(20, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert {t.data_ptr() for t in held} <= {t.data_ptr() for t in layer.buffers()}
+    assert torch.equal(y, layer(x.detach()))
+
+
+def test_scale_and_zero_become_parameters(layer):
+    q, x = random_qtensor(16, 64), torch.randn(5, 64)
+    before = layer(x)
+    made = layer.make_trainable({"scale", "zero"})
+    assert dict(layer.named_parameters()) == made == layer.trainable and set(made) == {"scale", "zero"}
+    assert all(p.dtype == torch.float32 and p.shape == (16, 2) and p.requires_grad for p in made.values())
+    assert torch.equal(layer(x), before) and layer.qtensor().equal(q)
+    assert set(layer.state_dict()) == {"codes", "scale", "zero", "bias"}
+    assert repr(layer).endswith("trains scale and zero)")
+    assert layer.make_trainable(["scale"])["scale"] is made["scale"]
+    layer.freeze()
+    assert list(layer.parameters()) == [] and layer.qtensor().equal(q) and not layer.trainable
+    assert (layer.scale.dtype, layer.zero.dtype) == (torch.float16, torch.uint8)
+
+
+@pytest.mark.parametrize("slots", [["scale"], ["zero"], ["scale", "zero"]], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_trained_is_what_freezing_keeps(layer, slots, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 64, generator=generator).to(dtype)
+    rates = {"scale": 0.002, "zero": 0.2}  # a zero moves by whole levels
+    optimizer = torch.optim.Adam({"params": p, "lr": rates[n]} for n, p in layer.make_trainable(slots).items())
+    losses = []
+    for _ in range(8):
+        loss = layer(x).float().square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    few = x[0, :1]
+    with torch.no_grad():
+        trained, q, one = layer(x), layer.qtensor(), layer(few)
+    assert not q.equal(random_qtensor(16, 64)) and torch.equal(q.codes, random_qtensor(16, 64).codes)
+    layer.freeze()
+    assert layer.qtensor().equal(q) and torch.equal(layer(x), trained)
+    torch.testing.assert_close(layer(few), one, rtol=2e-2, atol=2e-2)  # few rows of bf16 have a kernel of their own
+
+
+def test_a_trained_grid_is_what_can_be_stored(layer):
+    layer.make_trainable(["scale", "zero"])
+    with torch.no_grad():
+        layer.scale[0, 0], layer.scale[0, 1] = 1 / 3, -1e-9
+        layer.zero[0, 0], layer.zero[0, 1], layer.zero[1, 0], layer.zero[1, 1] = -3.3, 300.7, 2.5, 7.6
+    q = layer.qtensor()
+    assert q.scale[0].tolist() == torch.tensor([1 / 3, -1e-5]).half().tolist()
+    assert q.zero[:2].flatten().tolist() == [0, 15, 2, 8]
+    x = torch.randn(4, 64)
+    y = layer(x)
+    assert same(layer, x, q, layer.bias)
+    y.sum().backward()
+    assert layer.scale.grad[0].all() and layer.zero.grad[:2].all()  # straight through, past the ends too
+
+
+def test_trained_parameters_keep_fp32_when_the_model_is_cast_or_copied(layer):
+    made = layer.make_trainable(["scale", "zero"])
+    layer(torch.randn(3, 64)).sum().backward()
+    model = nn.Sequential(layer).to(torch.bfloat16)
+    assert model[0].scale is made["scale"] and made["scale"].dtype == made["scale"].grad.dtype == torch.float32
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.scale.mul_(2)
+    assert copied.trainable.keys() == made.keys() and not copied.qtensor().equal(layer.qtensor())
+    layer.load_state_dict(copied.state_dict())
+    assert layer.scale is made["scale"] and layer.qtensor().equal(copied.qtensor())
+    assert model.to("meta")[0].scale.dtype == torch.float32
+
+
+def test_slots_that_cannot_train_are_refused(layer):
+    with pytest.raises(PlanishError, match="can't train 'scales'; did you mean 'scale'"):
+        layer.make_trainable(["scales"])
+    q = random_qtensor(16, 64)
+    symmetric = QTensor(codes=q.codes, scale=q.scale, zero=None, bits=4, group_size=32)
+    other = PackedLinear.from_qtensor(symmetric, None, torch.bfloat16)
+    with pytest.raises(PlanishError, match="symmetric grid has no zero to train"):
+        other.make_trainable(["scale", "zero"])
+    assert not other.trainable  # nothing is changed by a call that is refused
+    other.make_trainable(["scale"])
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), functional.linear(x, symmetric.dequantize()))
+
+
+def test_torch_compile_traces_a_trained_layer_whole(layer):
+    layer.make_trainable(["scale", "zero"])
+    x = torch.randn(3, 64)
+    layer(x).square().sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    assert all(map(torch.equal, expected, [p.grad for p in layer.parameters()]))
 
 
 @pytest.mark.parametrize("rows", [1, 20])

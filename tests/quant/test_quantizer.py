@@ -69,7 +69,7 @@ def test_a_weight_slot_is_asked_before_the_range() -> None:
     assert torch.equal(doubled(weight), Quantizer(2 * weight, W2)(2 * weight))
     assert torch.equal(doubled.quantize(weight).dequantize(), doubled(weight))
     doubled(weight).sum().backward()
-    (factor,) = doubled.slot_parameters("weight")
+    ((factor, _),) = doubled.trainable("weight")
     assert factor.grad is not None and factor.grad != 0
 
 
@@ -78,7 +78,7 @@ def test_a_weight_slot_is_asked_before_the_range() -> None:
 def test_gradients_reach_every_parameter_of_the_slots(scheme: Scheme, dtype: torch.dtype) -> None:
     weight = weight_of(dtype=dtype)
     quantizer = Quantizer(weight, scheme, range_slot=TunedMinMax, rounding_slot=Offset)
-    counts = {slot: len(quantizer.slot_parameters(slot)) for slot in ("weight", "range", "rounding")}
+    counts = {slot: len(quantizer.trainable(slot)) for slot in ("weight", "range", "rounding")}
     assert counts == {"weight": 0, "range": 1 if scheme.symmetric else 2, "rounding": 1}
     result = quantizer(weight)
     assert result.dtype == dtype and result.shape == weight.shape
@@ -92,7 +92,7 @@ def test_padding_of_a_ragged_row_gets_no_gradient() -> None:
     weight = weight_of()
     quantizer = Quantizer(weight, W2, rounding_slot=Offset)
     quantizer(weight).sum().backward()
-    (v,) = quantizer.slot_parameters("rounding")
+    ((v, _),) = quantizer.trainable("rounding")
     assert v.grad is not None and bool((v.grad[:, 2, 16:] == 0).all()) and bool((v.grad[:, 2, :16] != 0).any())
 
 

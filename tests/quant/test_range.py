@@ -118,6 +118,6 @@ def test_a_factors_gradient_moves_the_error_down(symmetric: bool) -> None:
         quantizer.zero_grad()
         error().backward()
         with torch.no_grad():
-            for parameter in quantizer.slot_parameters("range"):
+            for parameter, _ in quantizer.trainable("range"):
                 parameter -= 0.01 * parameter.grad.sign()
     assert error() < 0.9 * first

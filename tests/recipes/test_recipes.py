@@ -9,6 +9,7 @@ import pytest
 from planish.errors import PlanishError
 from planish.fit.reconstruct import Reconstruct
 from planish.fit.spans import Stage
+from planish.fit.whole import EndToEnd
 from planish.quant import MinMax, Nearest, Offset, Searched
 from planish.recipes import PRESETS, RECIPES, Recipe, build, describe, split_preset
 from planish.recipes.signround import signround
@@ -25,7 +26,7 @@ def fit_of(recipe: Recipe) -> Reconstruct:
 @pytest.mark.parametrize(("name", "preset"), EVERY_PRESET)
 def test_every_preset_builds(name: str, preset: str) -> None:
     recipe = build(name, preset)
-    assert recipe.name == name and all(isinstance(stage, Stage) for stage in recipe.stages)
+    assert recipe.name == name and all(isinstance(stage, Stage | EndToEnd) for stage in recipe.stages)
     own, data = split_preset(name, preset)
     assert own.keys() | data.keys() == PRESETS[name][preset].keys() and data.keys() <= {"samples", "seqlen"}
 
@@ -91,7 +92,7 @@ def test_values_that_have_their_type_pass_through() -> None:
     ("name", "preset", "keys", "said"),
     [
         ("signrond", None, {}, "no recipe 'signrond': did you mean 'signround'?"),
-        ("awq", None, {}, "no recipe 'awq': there is: rtn, signround"),
+        ("awq", None, {}, "no recipe 'awq': there is: block_ap, "),
         ("signround", "fats", {}, "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
         ("rtn", "paper", {}, "recipe 'rtn' has no preset 'paper'"),
         ("signround", None, {"stepps": 3}, "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
@@ -114,6 +115,7 @@ def test_refusals(name: str, preset: str | None, keys: dict, said: str) -> None:
 
 MINE = """
 from planish.fit.spans import Stage
+from planish.fit.whole import EndToEnd
 from planish.recipes import Recipe
 
 

@@ -1,11 +1,11 @@
-"""SignSGD: p -= lr * sign(grad). No momentum, no decay.
+"""Optimizers of a fit, by name. Each takes groups of parameters whose `lr` is a tensor on the device, so that a
+CUDA graph of the step reads the rate of the moment; none decays weights.
 
-SignRound's optimizer (arXiv 2309.05516): with lr falling linearly from 1/T to 0, a parameter can travel
-at most half of one unit, which is what a rounding offset needs. The rate may be a tensor on the device,
-so that a CUDA graph of the step reads the rate of the moment.
+SignSGD: p -= lr * sign(grad). No momentum. SignRound's optimizer (arXiv 2309.05516): with lr falling linearly
+from 1/T to 0, a parameter can travel at most half of one unit, which is what a rounding offset needs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,4 +29,12 @@ class SignSGD(torch.optim.Optimizer):
             torch._foreach_sub_(params, signs)
 
 
-OPTIMIZERS = {"signsgd": SignSGD}
+def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW without decay, in one kernel where there is a GPU."""
+    groups = list(params)
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu, capturable=on_gpu)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"signsgd": SignSGD, "adamw": adamw}

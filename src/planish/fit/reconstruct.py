@@ -9,21 +9,38 @@ rolls back to that state and halves the rate.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from planish.errors import PlanishError, nearest
+from planish.feed import Feed
 from planish.fit.loss import squared, trimmed
 from planish.fit.optim import OPTIMIZERS
 from planish.fit.step import Step
 from planish.quant import Quantizer
 
 TARGETS = ("float", "quantized")
+NORM = "norm"
+FLOOR = 1 / 20  # of the cosine, as EfficientQAT has it
 # below this many weights a step is short and compiling doesn't pay
 COMPILE_WEIGHTS = 50_000_000
+
+
+def linear(share: float) -> float:
+    """Factor on the rate after a share of the steps."""
+    return 1 - share
+
+
+def cosine(share: float) -> float:
+    """Half a cosine from 1 to FLOOR."""
+    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * share)) / 2
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +48,11 @@ class Reconstruct:
     """How a block is fitted.
 
     Args:
-        steps: optimizer steps a span.
+        steps: optimizer steps a span; None has as many as `epochs` passes over the samples take.
         batch_size: samples a step.
-        rates: slot -> learning rate at step 0; it falls linearly to 0. Slots that aren't named stay.
+        rates: slot (or "range.zero", one parameter of it, or "norm", the norms of the blocks) -> learning rate
+            at step 0. What isn't named stays as it is.
+        schedule: the rate falls "linear" to 0, or as half a "cosine" to FLOOR of it.
         optimizer: name in `fit.optim.OPTIMIZERS`.
         target: "float" prefix (the field's default) or "quantized": the float block on the quantized stream.
         trim: share of elements with the largest errors left out of the loss.
@@ -44,10 +63,12 @@ class Reconstruct:
             since compiling takes half a minute, once for all blocks.
     """
 
-    steps: int = 200
+    steps: int | None = 200
+    epochs: float = 2.0
     batch_size: int = 8
     rates: Mapping[str, float] = field(default_factory=dict)
     optimizer: str = "signsgd"
+    schedule: str = "linear"
     target: str = "float"
     trim: float = 0.0
     holdout: int = 8
@@ -60,10 +81,22 @@ class Reconstruct:
             raise PlanishError(f"target={self.target!r}: {nearest(self.target, TARGETS)}")
         if self.optimizer not in OPTIMIZERS:
             raise PlanishError(f"optimizer={self.optimizer!r}: {nearest(self.optimizer, OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise PlanishError(f"schedule={self.schedule!r}: {nearest(self.schedule, SCHEDULES)}")
+        if not all(math.isfinite(rate) and rate > 0 for rate in self.rates.values()):
+            slot = next(slot for slot, rate in self.rates.items() if not (math.isfinite(rate) and rate > 0))
+            raise PlanishError(f"the learning rate of {slot} is {self.rates[slot]}; it must be above 0")
         if not 0 <= self.trim < 1:
             raise PlanishError(f"trim={self.trim} isn't a share; give 0 to leave nothing out, or such as 0.003")
-        if min(self.steps, self.batch_size, self.holdout, self.checks, self.span) < 1:
-            raise PlanishError("steps, batch size, holdout, checks and span must be 1 or more")
+        steps = 1 if self.steps is None else self.steps
+        if min(steps, self.batch_size, self.holdout, self.checks, self.span) < 1 or self.epochs <= 0:
+            raise PlanishError("steps, epochs, batch size, holdout, checks and span must be 1 or more")
+
+    def steps_on(self, samples: int) -> int:
+        """Optimizer steps for so many samples to train on."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * samples / min(self.batch_size, samples)))
 
     def compiled(self, device: torch.device, weights: int) -> bool:
         """Is a span with so many weights to be compiled?"""
@@ -117,16 +150,18 @@ class Best:
             torch._foreach_copy_(self.parameters, self.state)
 
 
-def slot_groups(quantizers: Mapping[str, Quantizer], rates: Mapping[str, float]) -> list[tuple[list[Tensor], float]]:
-    """(parameters, rate) of each slot that has both; every other parameter is frozen."""
-    groups: list[tuple[list[Tensor], float]] = []
+def slot_groups(
+    quantizers: Mapping[str, Quantizer], rates: Mapping[str, float], norms: Sequence[Tensor] = ()
+) -> list[tuple[list[Tensor], float]]:
+    """(parameters, rate) for each slot and unit of rate; every other parameter of a quantizer is frozen."""
+    groups: dict[tuple[str, float], list[Tensor]] = {}
     for quantizer in quantizers.values():
         quantizer.requires_grad_(False)
     for slot, rate in rates.items():
-        parameters = [p for quantizer in quantizers.values() for p in quantizer.slot_parameters(slot)]
-        if parameters:
-            groups.append(([p.requires_grad_(True) for p in parameters], rate))
-    return groups
+        found = [pair for quantizer in quantizers.values() if slot != NORM for pair in quantizer.trainable(slot)]
+        for parameter, unit in [(norm, 1.0) for norm in norms] if slot == NORM else found:
+            groups.setdefault((slot, rate * unit), []).append(parameter.requires_grad_(True))
+    return [(parameters, rate) for (_, rate), parameters in groups.items()]
 
 
 def reconstruct(
@@ -139,6 +174,7 @@ def reconstruct(
     device: torch.device,
     micro_batch: int,
     seed: int,
+    norms: Sequence[Tensor] = (),
 ) -> Outcome:
     """Fit the quantizers of one span in place.
 
@@ -148,8 +184,9 @@ def reconstruct(
         inputs, targets: [samples, tokens, hidden], wherever the streams live.
         device: where to compute. micro_batch: samples in one backward pass.
         seed: of the order of samples.
+        norms: trainable parameters of the span's norms, for the rate named "norm".
     """
-    groups = slot_groups(quantizers, fit.rates)
+    groups = slot_groups(quantizers, fit.rates, norms)
     measure = functools.partial(trimmed, share=fit.trim) if fit.trim else squared
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
@@ -158,34 +195,43 @@ def reconstruct(
     samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
     held = functools.partial(_held_out_loss, loss, inputs, targets, samples.held_out, device, micro_batch)
     before = held()
-    best, notes = Best([p for params, _ in groups for p in params], before), []
     if not groups:
         return Outcome(before=before, after=before)
-    first = samples.next()
-    step = Step(
-        loss,
-        groups,
-        OPTIMIZERS[fit.optimizer],
-        _take(inputs, first, device),
-        _take(targets, first, device),
-        micro_batch,
-    )
-    every, damping = max(1, fit.steps // fit.checks), 1.0
-    for i in range(fit.steps):
-        batch = first if i == 0 else samples.next()
-        step.inputs.copy_(_take(inputs, batch, device))
-        step.targets.copy_(_take(targets, batch, device))
-        step(damping * (1 - i / fit.steps))
-        if (i + 1) % every == 0 or i + 1 == fit.steps:
+    best = Best([p for params, _ in groups for p in params], before)
+    batches = [samples.next() for _ in range(fit.steps_on(len(samples.rest)))]
+    make_step = functools.partial(Step, loss, groups, OPTIMIZERS[fit.optimizer], micro_batch=micro_batch)
+    with Feed((inputs, targets), batches, device) as feed:
+        notes = _descend(fit, feed, len(batches), make_step, held, best)
+    best.restore()
+    return Outcome(before=before, after=best.loss, notes=tuple(notes))
+
+
+def _descend(
+    fit: Reconstruct,
+    feed: Iterable[tuple[Tensor, ...]],
+    steps: int,
+    make_step: Callable[..., Step],
+    held: Callable[[], float],
+    best: Best,
+) -> list[str]:
+    """Step through the batches, offering the best state what the held-out loss says; notes of what went wrong."""
+    every, factor = max(1, steps // fit.checks), SCHEDULES[fit.schedule]
+    step, damping, notes = None, 1.0, list[str]()
+    for i, (inputs, targets) in enumerate(feed):
+        step = step or make_step(inputs=inputs, targets=targets)
+        step.inputs.copy_(inputs)
+        step.targets.copy_(targets)
+        step(damping * factor(i / steps))
+        if (i + 1) % every == 0 or i + 1 == steps:
             after = held()
             if torch.isfinite(torch.tensor([after, step.read_total()])).all():
                 best.offer(after)
             else:
                 best.restore()
+                step.forget()
                 damping /= 2
                 notes.append(f"loss not finite at step {i + 1}: rolled back, rate halved")
-    best.restore()
-    return Outcome(before=before, after=best.loss, notes=tuple(notes))
+    return notes
 
 
 def _take(stream: Tensor, indices: Tensor, device: torch.device) -> Tensor:

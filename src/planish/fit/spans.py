@@ -7,7 +7,7 @@ Nothing reaches back, so that a block's memory is all that is needed besides the
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.fit.reconstruct import Outcome, Reconstruct, reconstruct
+from planish.fit.norms import free, norms_of, settle
+from planish.fit.reconstruct import NORM, Outcome, Reconstruct, reconstruct
 from planish.fit.step import WARM_UP
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
@@ -24,6 +25,7 @@ from planish.scheme import Scheme
 from planish.stream import BlockStream
 
 Sink = Callable[[str, QTensor], None]
+Keep = Callable[[str, Tensor], None]
 
 # a longer group's products cost more arithmetic than they are worth: g multiplications a weight and candidate
 PRODUCTS_GROUP = 256
@@ -67,7 +69,14 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every span of a run shares: the stage, where blocks and samples come from, where codes go."""
+    """What every span of a run shares: the stage, where blocks and samples come from, where codes go.
+
+    Args:
+        sink: takes each linear's codes.
+        keep: takes other tensors of the blocks that were trained, by full name.
+        first: block to begin with; those before it are finished, and the streams stand behind them.
+        finished: told after each span how many blocks are finished, and how its fit went.
+    """
 
     stage: Stage
     blocks: Blocks
@@ -77,7 +86,10 @@ class Job:
     device: torch.device
     micro_batch: int
     seed: int
+    keep: Keep | None = None
     clock: Clock = field(default_factory=Clock)
+    first: int = 0
+    finished: Callable[[int, Outcome | None], None] | None = None
 
 
 def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
@@ -89,11 +101,13 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
     clock, names = job.clock, job.blocks.names
     outcomes: list[Outcome] = []
     length = job.stage.fit.span if job.stage.fit else 1
-    for start in range(0, len(names), length):
+    for start in range(job.first, len(names), length):
         indices = range(start, min(start + length, len(names)))
         outcome = _one_span(job, indices)
         if outcome:
             outcomes.append(outcome)
+        if job.finished:
+            job.finished(indices.stop, outcome)
         if progress:
             progress(
                 Event(
@@ -102,7 +116,7 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
                     total=len(names),
                     name=names[start],
                     seconds=clock.seconds,
-                    eta=clock.eta(indices.stop, len(names)),
+                    eta=clock.eta(indices.stop - job.first, len(names) - job.first),
                     peak_bytes=peak_bytes(job.device),
                     before=outcome.before if outcome else None,
                     after=outcome.after if outcome else None,
@@ -120,7 +134,8 @@ def trial(job: Job) -> Job:
     """
     assert job.stage.fit is not None
     # as many as it takes until a step is captured and replayed
-    step = dataclasses.replace(job.stage.fit, steps=WARM_UP + 1, rates=dict.fromkeys(job.stage.fit.rates, 0.0))
+    rates = dict.fromkeys(job.stage.fit.rates, 1e-30)
+    step = dataclasses.replace(job.stage.fit, steps=WARM_UP + 1, rates=rates)
     while True:
         try:
             _fit_largest(dataclasses.replace(job, stage=dataclasses.replace(job.stage, fit=step)))
@@ -142,7 +157,11 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
     span, linears = _load(job, indices)
     importance, target = _float_pass(job, span, linears)
     quantizers = _attach(job, span, linears, importance)
-    outcome = _fit(job, span, quantizers, target)
+    norms = _trained_norms(job, span)
+    outcome = _fit(job, span, quantizers, target, free(norms))
+    for name, value in settle(norms).items():
+        assert job.keep is not None, "norms are trained and nobody takes them"
+        job.keep(name, value)
     for name, quantizer in quantizers.items():
         quantized = quantizer.quantize(linears[name].weight)
         linears[name].weight.data = quantized.dequantize(linears[name].weight.dtype)
@@ -185,8 +204,18 @@ def _attach(
     return quantizers
 
 
+def _trained_norms(job: Job, span: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
+    if job.stage.fit is None or NORM not in job.stage.fit.rates:
+        return {}
+    return norms_of({job.blocks.names[index]: block for index, block in span.items()})
+
+
 def _fit(
-    job: Job, span: Mapping[int, nn.Module], quantizers: Mapping[str, Quantizer], target: Tensor | None
+    job: Job,
+    span: Mapping[int, nn.Module],
+    quantizers: Mapping[str, Quantizer],
+    target: Tensor | None,
+    norms: Sequence[Tensor] = (),
 ) -> Outcome | None:
     if job.stage.fit is None or job.stream is None or target is None:
         return None
@@ -201,6 +230,7 @@ def _fit(
         device=job.device,
         micro_batch=job.micro_batch,
         seed=job.seed + min(span),
+        norms=norms,
     )
 
 
@@ -216,10 +246,12 @@ def _fit_largest(job: Job) -> None:
     start = sizes.index(max(sizes)) // job.stage.fit.span * job.stage.fit.span
     indices = range(start, min(start + job.stage.fit.span, len(names)))
     span, linears = _load(job, indices)
+    norms = _trained_norms(job, span)
     try:
         quantizers = _attach(job, span, linears, {})
-        _fit(job, span, quantizers, job.stream.quant)
+        _fit(job, span, quantizers, job.stream.quant, free(norms))
     finally:
+        settle(norms)
         for name, linear in linears.items():
             _replace(job, span, name, linear)
         for index in indices:

@@ -88,6 +88,12 @@ class Step:
             self._once()
         return graph
 
+    def forget(self) -> None:
+        """Start the optimizer's moments anew, in place, since a captured step reads them where they lie."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
     def read_total(self) -> float:
         """Sum of the losses since the last reading."""
         value = self.total.item()

@@ -1,4 +1,4 @@
-"""Kernels: ways to multiply by a packed QTensor, and the fused fake quantizer.
+"""Kernels: ways to multiply by a packed QTensor, with gradients or without, and the fused fake quantizer.
 
 A kernel is a module with
 
@@ -14,13 +14,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from planish.kernels import cpu, reference
+from planish.kernels import cpu, reference, train
 from planish.kernels.pack import Packed
 
 if find_spec("triton"):
-    from planish.kernels import fakequant  # noqa: F401  (registers itself for CUDA)
+    from planish.kernels import fakequant, triton_train  # noqa: F401  (they register themselves for CUDA)
 
-KERNELS = {"cpu": cpu, "reference": reference}
+KERNELS = {"cpu": cpu, "train": train, "reference": reference}
 
 
 def choose(weight: Packed, x: Tensor) -> ModuleType:

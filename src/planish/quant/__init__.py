@@ -2,8 +2,20 @@
 
 from planish.quant.linear import QLinear
 from planish.quant.quantizer import Quantizer
-from planish.quant.range import Grid, MinMax, Searched, TunedMinMax
+from planish.quant.range import Grid, Learned, MinMax, Searched, TunedMinMax
 from planish.quant.rounding import Nearest, Offset
-from planish.quant.weight import Fixed
+from planish.quant.weight import Fixed, Free
 
-__all__ = ["Fixed", "Grid", "MinMax", "Nearest", "Offset", "QLinear", "Quantizer", "Searched", "TunedMinMax"]
+__all__ = [
+    "Fixed",
+    "Free",
+    "Grid",
+    "Learned",
+    "MinMax",
+    "Nearest",
+    "Offset",
+    "QLinear",
+    "Quantizer",
+    "Searched",
+    "TunedMinMax",
+]

@@ -76,6 +76,9 @@ class Quantizer(nn.Module):
             group_size=self.group_size,
         )
 
-    def slot_parameters(self, slot: str) -> list[nn.Parameter]:
-        """Trainable parameters of a slot, one of SLOTS."""
-        return list(self.get_submodule(slot).parameters())
+    def trainable(self, slot: str) -> list[tuple[nn.Parameter, float]]:
+        """Parameters of a slot, one of SLOTS, or of one in it, such as "range.zero", with the units of their rates."""
+        slot, _, leaf = slot.partition(".")
+        module = self.get_submodule(slot)
+        units: dict[str, float] = getattr(module, "units", {})
+        return [(p, units.get(name, 1.0)) for name, p in module.named_parameters() if leaf in ("", name)]

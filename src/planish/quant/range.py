@@ -1,9 +1,9 @@
 """The range slot gives the grid of each group: a scale s (signed, as it will be stored) and a zero point z.
 
 `MinMax` spans each group's own ends, `Searched` the ends that lose least, `TunedMinMax` learns factors on
-either. A symmetric grid is full-range: levels run from -2^(b-1) to 2^(b-1) - 1, and the sign of the scale
-puts the extra level on the larger tail. A slot is a module built from (groups [out, G, g], scheme,
-importance) whose forward maps groups to a Grid.
+either, `Learned` trains s and z themselves. A symmetric grid is full-range: levels run from -2^(b-1) to
+2^(b-1) - 1, and the sign of the scale puts the extra level on the larger tail. A slot is a module built from
+(groups [out, G, g], scheme, importance) whose forward maps groups to a Grid.
 
 Legend: groups [out, G, g]; grids [out, G, 1], fp32.
 """
@@ -55,9 +55,41 @@ def symmetric_grid(scale: Tensor, bits: int) -> Grid:
 
 def asymmetric_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
     """Grid from low <= 0 to high >= 0, the zero point rounded to a level (gradient straight through)."""
+    return Grid(*span_grid(low, high, bits))
+
+
+@torch.library.custom_op("planish::span_grid", mutates_args=())
+def span_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """s = store((high - low) / (2^bits - 1)), z = clamp(round(-low / s)), both [out, G, 1], fp32.
+
+    Opaque, since compilers divide in their own ways, and a last bit of s or a level of z is another model.
+    """
     levels = 2**bits - 1
     scale = store((high - low) / levels)
-    return Grid(scale, RoundThrough.apply(-low / scale).clamp(0, levels))
+    return scale, (-low / scale).round().clamp(0, levels)
+
+
+@span_grid.register_fake
+def _(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(low), torch.empty_like(low)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    low, _, ctx.bits = inputs
+    ctx.save_for_backward(low, output[0])
+
+
+def _backward(ctx, grad_scale, grad_zero):  # type: ignore[no-untyped-def]
+    low, scale = ctx.saved_tensors
+    levels = 2**ctx.bits - 1
+    level = -low / scale
+    # the clamp is hard, the rounding passes straight through
+    passed = grad_zero * ((level.round() >= 0) & (level.round() <= levels))
+    grad_scale = (grad_scale + passed * low / scale.square()) / levels
+    return -grad_scale - passed / scale, grad_scale, None
+
+
+span_grid.register_autograd(_backward, setup_context=_save)
 
 
 class MinMax(nn.Module):
@@ -114,3 +146,36 @@ class TunedMinMax(nn.Module):
         low = -self.zero * self.scale * low_factor
         high = (2**self.bits - 1 - self.zero) * self.scale * self.high_factor.clamp(0, self.limit)
         return asymmetric_grid(low, high, self.bits)
+
+
+class Learned(nn.Module):
+    """s and z are trained themselves (EfficientQAT's Block-AP, arXiv 2407.11062, equations 2 to 4).
+
+    The rate of s is in units of the matrix's mean |s|, so that one suits every layer; z is rounded to a level, its
+    gradient straight through.
+
+    Args:
+        search: start from `Searched` instead of min/max.
+        relative: False has the rate of s in the weight's own units, as published.
+    """
+
+    def __init__(
+        self,
+        groups: Tensor,
+        scheme: Scheme,
+        importance: Tensor | None = None,
+        search: bool = True,
+        relative: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bits, self.symmetric = scheme.bits, scheme.symmetric
+        scale, zero = (Searched if search else MinMax)(groups, scheme, importance)(groups)
+        self.units = {"scale": scale.abs().mean().item()} if relative else {}
+        self.scale = nn.Parameter(scale.clone())
+        if not self.symmetric:
+            self.zero = nn.Parameter(zero.clone())
+
+    def forward(self, groups: Tensor) -> Grid:
+        if self.symmetric:
+            return symmetric_grid(self.scale, self.bits)
+        return Grid(store(self.scale), RoundThrough.apply(self.zero).clamp(0, 2**self.bits - 1))

@@ -1,11 +1,13 @@
 """The weight slot gives W', the weight that is rounded.
 
-`Fixed` is the weight as it is. A slot is a module built from (weight, scheme) whose forward maps the
-layer's weight [out, in] to W' [out, in].
+`Fixed` is the weight as it is, `Free` a trained copy of it. A slot is a module built from (weight, scheme)
+whose forward maps the layer's weight [out, in] to W' [out, in]. A slot of any kind may have `units`: by the name
+of a parameter what its learning rate is multiplied by, 1 if it isn't there.
 """
 
 from torch import Tensor, nn
 
+from planish.qtensor import SCALE_FLOOR, to_groups
 from planish.scheme import Scheme
 
 
@@ -17,3 +19,24 @@ class Fixed(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight
+
+
+class Free(nn.Module):
+    """W' is trained, starting from W (EfficientQAT's Block-AP, arXiv 2407.11062, section 3.2).
+
+    Held in fp32, since a step is smaller than bf16 can tell apart. Its rate is in units of the matrix's mean grid
+    step from min/max, so that one suits every layer and width: what matters is how many levels a weight travels.
+
+    Args:
+        relative: False has the rate in the weight's own units, as published.
+    """
+
+    def __init__(self, weight: Tensor, scheme: Scheme, relative: bool = True) -> None:
+        super().__init__()
+        groups = to_groups(weight.detach().float(), scheme.group_in(weight.shape[1]))
+        step = (groups.amax(-1) - groups.amin(-1)).mean().item() / (2**scheme.bits - 1)
+        self.units = {"value": max(step, SCALE_FLOOR)} if relative else {}
+        self.value = nn.Parameter(weight.detach().float().clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.value

@@ -6,13 +6,31 @@ To add one, write `recipes/foo.py` and a line here; `--recipe ./mine.py:mine` ta
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from planish.recipes.block_ap import PRESETS as BLOCK_AP_PRESETS
+from planish.recipes.block_ap import block_ap
+from planish.recipes.e2e_qp import PRESETS as E2E_QP_PRESETS
+from planish.recipes.e2e_qp import e2e_qp
+from planish.recipes.efficientqat import PRESETS as EFFICIENTQAT_PRESETS
+from planish.recipes.efficientqat import efficientqat
 from planish.recipes.recipe import Recipe, build, describe, split_preset
 from planish.recipes.rtn import PRESETS as RTN_PRESETS
 from planish.recipes.rtn import rtn
 from planish.recipes.signround import PRESETS as SIGNROUND_PRESETS
 from planish.recipes.signround import signround
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"rtn": rtn, "signround": signround}
-PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {"rtn": RTN_PRESETS, "signround": SIGNROUND_PRESETS}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "rtn": rtn,
+    "signround": signround,
+    "block_ap": block_ap,
+    "e2e_qp": e2e_qp,
+    "efficientqat": efficientqat,
+}
+PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "rtn": RTN_PRESETS,
+    "signround": SIGNROUND_PRESETS,
+    "block_ap": BLOCK_AP_PRESETS,
+    "e2e_qp": E2E_QP_PRESETS,
+    "efficientqat": EFFICIENTQAT_PRESETS,
+}
 
 __all__ = ["PRESETS", "RECIPES", "Recipe", "build", "describe", "split_preset"]

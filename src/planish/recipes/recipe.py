@@ -14,16 +14,34 @@ from typing import Any
 
 from planish.errors import PlanishError, nearest
 from planish.fit.spans import Stage
+from planish.fit.whole import EndToEnd
 
 DATA_KEYS = ("samples", "seqlen")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method: stages run one after another, each over the whole model."""
+    """A method: stages run one after another, each over the whole model.
+
+    Those that go through the blocks come first; at most one that trains the model as a whole follows.
+    """
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage | EndToEnd, ...]
+
+    def __post_init__(self) -> None:
+        assert self.stages and all(isinstance(stage, Stage) for stage in self.stages[:-1]), self.name
+
+    @property
+    def blocks(self) -> tuple[Stage, ...]:
+        """The stages that go through the blocks."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Stage))
+
+    @property
+    def whole(self) -> EndToEnd | None:
+        """The stage that trains the packed model as a whole, if there is one."""
+        last = self.stages[-1]
+        return last if isinstance(last, EndToEnd) else None
 
     @property
     def needs_data(self) -> bool:

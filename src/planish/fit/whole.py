@@ -1,0 +1,72 @@
+"""EndToEnd: train the packed model as a whole, its codes frozen: only scales (and zero points) move.
+
+    minimise over s (and z)   (1 - distill) * CE(text) + distill * KL(float model || model),   W_hat = s * (Q - z)
+
+E2E-QP, the second half of EfficientQAT (arXiv 2407.11062), and PEQA (arXiv 2305.14152) are of this kind. This
+file says what is trained and how; `fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from planish.errors import PlanishError
+
+SLOTS = ("scale", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """One whole-model stage.
+
+    Args:
+        name: shown in progress.
+        rates: slot ("scale", "zero") -> learning rate at its peak. Slots that aren't named stay.
+        relative: the rate of scales is in units of each matrix's mean |s|, so that one rate suits every layer;
+            else in the weights' own units, as published.
+        distill: share of distillation from the float model in the loss; the rest is cross-entropy.
+        temperature: of the distillation.
+        steps: optimizer steps; None has as many as `epochs` passes over the samples take.
+        batch_size: samples a step.
+        warmup: share of the steps in which the rate rises. Then it falls as half a cosine to 0.
+        clip: largest norm of all gradients together.
+        betas: of AdamW.
+        holdout: samples held out to choose the state that is kept, at most a quarter of all.
+        checks: how often the held-out loss is measured after step 0.
+    """
+
+    name: str
+    rates: Mapping[str, float] = field(default_factory=dict)
+    relative: bool = True
+    distill: float = 0.0
+    temperature: float = 1.0
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    warmup: float = 0.03
+    clip: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    holdout: int = 8
+    checks: int = 8
+
+    def __post_init__(self) -> None:
+        for slot, rate in self.rates.items():
+            if not (math.isfinite(rate) and rate > 0):
+                raise PlanishError(f"the learning rate of {slot} is {rate}; it must be above 0")
+        if not 0 <= self.distill <= 1:
+            raise PlanishError(f"distill={self.distill} isn't a share; 0 is cross-entropy alone, 1 distillation alone")
+        if self.temperature <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1:
+            raise PlanishError("temperature and clip must be above 0, warmup a share below 1")
+        steps = 1 if self.steps is None else self.steps
+        if min(steps, self.batch_size, self.holdout, self.checks) < 1 or self.epochs <= 0:
+            raise PlanishError("steps, epochs, batch size, holdout and checks must be 1 or more")
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def steps_on(self, samples: int) -> int:
+        """Optimizer steps for so many samples to train on."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * samples / min(self.batch_size, samples)))

@@ -1,0 +1,73 @@
+"""E2E-QP, the second half of EfficientQAT (arXiv 2407.11062): the codes are frozen, scales learn end to end.
+
+It starts from any quantized model. The publication trains on 4096 windows of 4096 tokens by cross-entropy, at 2e-5
+for 2 bits. The defaults here hold rates in units of each matrix's mean scale and may distil from the float model,
+which needs fewer tokens; `paper` is the publication's.
+"""
+
+from typing import Any
+
+from planish.fit.whole import EndToEnd
+from planish.recipes.recipe import Recipe
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"epochs": 1.0},
+    "light": {"epochs": 2.0},
+    "best": {"epochs": 8.0, "samples": 512},
+    "paper": {
+        "rate": 2e-5,
+        "relative": False,
+        "batch_size": 32,
+        "epochs": 1.0,
+        "samples": 4096,
+        "seqlen": 4096,
+    },
+}
+
+
+def e2e_qp(
+    *,
+    rate: float = 2e-3,
+    zero_rate: float = 0.0,
+    relative: bool = True,
+    distill: float = 0.0,
+    temperature: float = 1.0,
+    steps: int | None = None,
+    epochs: float = 4.0,
+    batch_size: int = 8,
+    warmup: float = 0.03,
+    clip: float = 0.3,
+    holdout: int = 8,
+) -> Recipe:
+    """Scales of a quantized model trained end to end, its codes frozen.
+
+    Equation: W_hat = s * (Q - z), s (and z) learned
+
+    Args:
+        rate: peak learning rate of s, in units of each matrix's mean |s|.
+        zero_rate: peak learning rate of z, in levels; 0 leaves it as it is.
+        relative: False has `rate` in the weights' own units, as published.
+        distill: share of distillation from the float model in the loss; 0 is cross-entropy alone.
+        temperature: of the distillation.
+        steps: optimizer steps; by the epochs if not given.
+        epochs: passes over the samples.
+        batch_size: samples a step.
+        warmup: share of the steps in which the rate rises; then it falls as half a cosine.
+        clip: largest norm of all gradients together.
+        holdout: samples held out to choose the state that is kept.
+    """
+    stage = EndToEnd(
+        name="e2e_qp",
+        rates={"scale": rate} if zero_rate == 0 else {"scale": rate, "zero": zero_rate},
+        relative=relative,
+        distill=distill,
+        temperature=temperature,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        warmup=warmup,
+        clip=clip,
+        holdout=holdout,
+    )
+    return Recipe(name="e2e_qp", stages=(stage,))

@@ -1,0 +1,202 @@
+"""Request: what a user asks for, checked, and made into a run, before any work.
+
+`resolve` reads headers only and says what a request comes to; `make_run` chooses samples and plans memory.
+Everything wrong with a request is said here. Knows nothing of what becomes of the codes.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from planish.arch import Arch, discover, linears
+from planish.data import check_seqlen
+from planish.errors import PlanishError, nearest
+from planish.formats import FORMATS, choose
+from planish.formats import verify as verify_schemes
+from planish.formats.format import Format
+from planish.journal import Journal
+from planish.kernels.linear import packed_layers
+from planish.log import Progress, RunManifest, versions
+from planish.recipes import Recipe, build, describe, split_preset
+from planish.run import Run, compute_device
+from planish.scheme import Scheme, SchemeMap, bits_per_weight
+from planish.source import Source, open_source
+
+SAMPLES, SEQLEN = 128, 2048
+
+ModelLike = str | os.PathLike[str] | PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A request, checked: what will be done to which linears.
+
+    Args:
+        schemes: scheme by full name of each linear to quantize.
+        shapes: (out, in) of every linear of the blocks, quantized or not.
+        parameters: of the whole model, tied ones once.
+    """
+
+    source: Source
+    recipe: Recipe
+    keys: dict[str, Any]
+    schemes: dict[str, Scheme]
+    scheme_text: str
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    arch: Arch
+    format: Format
+    samples: int
+    seqlen: int
+
+    def summary(self) -> list[str]:
+        """Lines for a user: recipe, scheme, how many of how many linears, bits a weight, what is padded."""
+        keys = " ".join(f"{key}={value}" for key, value in self.keys.items())
+        padded = [n for n, s in self.schemes.items() if self.shapes[n][1] % s.group_in(self.shapes[n][1])]
+        lines = [
+            f"{self.source.label}: {self.recipe.name} {keys}".rstrip(),
+            f"scheme {self.scheme_text}, format {self.format.name}: {len(self.schemes)} of {len(self.shapes)} linears, "
+            f"{bits_per_weight(self.schemes, self.shapes, self.parameters):.2f} bits a weight with embeddings",
+        ]
+        if padded:
+            lines.append(f"the last group of a row is shorter in {len(padded)} linears, such as {padded[0]}")
+        return lines
+
+
+def resolve(
+    model: ModelLike,
+    recipe: str = "signround",
+    scheme: str = "w4g128",
+    *,
+    layers: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    preset: str | None = None,
+    revision: str | None = None,
+    format: str = "auto",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    **keys: Any,
+) -> Resolved:
+    """Check a request and say what it comes to; reads headers, no weights.
+
+    Args as of `quantize`.
+
+    Raises:
+        PlanishError: for anything wrong with it.
+    """
+    _, about_data = split_preset(recipe, preset)
+    built = build(recipe, preset, keys)
+    if not built.blocks:
+        raise PlanishError(
+            f"recipe {recipe!r} trains a model that is quantized already, and this one isn't; quantize it first, then "
+            f"planish finetune DIR --recipe {recipe}"
+        )
+    scheme_map = SchemeMap.parse(scheme, layers, ignore)
+    if format != "auto" and format not in FORMATS:
+        raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
+    if isinstance(model, PreTrainedModel) and packed_layers(model):
+        raise PlanishError(f"the {type(model).__name__} is quantized already; give the 16-bit original")
+    source = open_source(model, revision=revision)
+    skeleton = source.skeleton()
+    arch = discover(skeleton)
+    shapes = linears(arch, skeleton)
+    schemes = scheme_map.resolve(shapes)
+    every = {name: schemes.get(name) for name in shapes}
+    chosen = choose(every, shapes) if format == "auto" else FORMATS[format]
+    verify_schemes(chosen, every, shapes)
+    own, _ = split_preset(recipe, preset)
+    seqlen = about_data.get("seqlen", SEQLEN) if seqlen is None else seqlen
+    if built.needs_data:
+        check_seqlen(source.config, seqlen)
+    return Resolved(
+        source=source,
+        recipe=built,
+        keys={**own, **keys},
+        schemes=schemes,
+        scheme_text=str(scheme_map),
+        shapes=shapes,
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        arch=arch,
+        format=chosen,
+        samples=about_data.get("samples", SAMPLES) if samples is None else samples,
+        seqlen=seqlen,
+    )
+
+
+def stream_folder(stream_dir: str | os.PathLike[str] | None) -> Path | None:
+    """A folder for activations, if one is named.
+
+    Raises:
+        PlanishError: if there is none of that name.
+    """
+    if stream_dir is not None and not Path(stream_dir).is_dir():
+        raise PlanishError(f"no such folder for activations: {stream_dir}; make it, or name another")
+    return None if stream_dir is None else Path(stream_dir).resolve()
+
+
+def with_batch(recipe: str, batch_size: int | None, request: dict[str, Any]) -> dict[str, Any]:
+    """The request with `batch_size` as a key of the recipe, if the recipe takes steps at all."""
+    takes_it = batch_size is not None and "batch_size" in describe(recipe)["keys"]
+    return {**request, "batch_size": batch_size} if takes_it else request
+
+
+def make_run(
+    resolved: Resolved,
+    data: str | Path | Tensor,
+    device: str | torch.device | None,
+    batch_size: int | None,
+    seed: int,
+    storage: str,
+    progress: Progress | None,
+    tokenizer: Any,
+    *,
+    stream_dir: Path | None,
+    journal: Journal | None = None,
+) -> Run:
+    """The run of a request; arguments as of `api.quantize`.
+
+    Raises:
+        PlanishError: if there isn't enough text, room or such a device.
+    """
+    return Run(
+        source=resolved.source,
+        arch=resolved.arch,
+        recipe=resolved.recipe,
+        schemes=resolved.schemes,
+        device=compute_device(device),
+        micro_batch=8 if batch_size is None else batch_size,
+        seed=seed,
+        storage=storage,
+        progress=progress,
+        data=data,
+        samples=resolved.samples,
+        seqlen=resolved.seqlen,
+        tokenizer=tokenizer or resolved.source.tokenizer(),
+        stream_dir=stream_dir,
+        journal=journal,
+    )
+
+
+def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunManifest:
+    """What run.json says of a run that is finished."""
+    return RunManifest(
+        model=resolved.source.label,
+        recipe=resolved.recipe.name,
+        keys=resolved.keys,
+        scheme=resolved.scheme_text,
+        layers={name: str(scheme) for name, scheme in resolved.schemes.items()},
+        format=resolved.format.name,
+        data=run.data_name,
+        data_sha256=run.data_sha256,
+        samples=0 if run.ids is None else len(run.ids),
+        seqlen=resolved.seqlen,
+        seed=run.seed,
+        versions=versions(),
+        figures=figures,
+    )

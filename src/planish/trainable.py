@@ -1,0 +1,125 @@
+"""Prepare and convert: a model whose only trainable tensors are a recipe's, for any trainer; and back.
+
+    model = planish.prepare(planish.load("q2"), "e2e_qp")                   a packed model: its scales learn
+    model = planish.prepare(float_model, "block_ap", "w2g64")               a float one: quantizers on its linears
+    ... train it with transformers' Trainer, TRL or a loop of your own ...
+    planish.convert(model); planish.save(model, "out")
+
+What was trained is what is packed, bit for bit. Knows nothing of data, losses or files.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from planish.arch import discover, linears
+from planish.errors import PlanishError
+from planish.fit.reconstruct import NORM, slot_groups
+from planish.fit.spans import Stage
+from planish.fit.whole import EndToEnd
+from planish.kernels.linear import PackedLinear, packed_layers
+from planish.quant import QLinear, Quantizer
+from planish.recipes import build
+from planish.scheme import SchemeMap
+
+
+def prepare(
+    model: PreTrainedModel,
+    recipe: str,
+    scheme: str | None = None,
+    *,
+    preset: str | None = None,
+    layers: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    **keys: Any,
+) -> PreTrainedModel:
+    """Mark, in place, what a recipe trains; everything else is frozen.
+
+    Args:
+        model: quantized (of `load` or `quantize`), for a recipe that trains it as a whole; or float.
+        scheme, layers, ignore: of a float model, as of `quantize`.
+        preset, keys: the recipe's.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        PlanishError: if the recipe trains nothing, or needs another kind of model.
+    """
+    built = build(recipe, preset, keys)
+    model.requires_grad_(False)
+    if packed_layers(model) or (built.whole is not None and not built.blocks):
+        if built.whole is None:
+            raise PlanishError(f"the model is quantized already, and {recipe} quantizes; give the 16-bit original")
+        free_slots(model, built.whole)
+        return model
+    stage = next((stage for stage in built.blocks if stage.fit is not None), None)
+    if stage is None:
+        raise PlanishError(f"recipe {recipe!r} trains nothing; use quantize")
+    if scheme is None:
+        raise PlanishError(f"recipe {recipe!r} needs a scheme for a float model, such as w2g64")
+    _attach(model, stage, SchemeMap.parse(scheme, layers, ignore))
+    return model
+
+
+def convert(model: PreTrainedModel) -> PreTrainedModel:
+    """Pack, in place, what `prepare` made trainable; the model then computes what it was trained to."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            module.freeze()
+        elif isinstance(module, QLinear):
+            quantized = module.quantizer.quantize(module.weight)
+            _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, module.weight.dtype))
+    model.requires_grad_(False)
+    return model
+
+
+def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Parameter]]:
+    """Make the slots of a whole-model stage trainable; the parameters by slot.
+
+    Raises:
+        PlanishError: if the model isn't quantized, or has no zero points to train.
+    """
+    packed = packed_layers(model)
+    if not packed:
+        raise PlanishError(f"{stage.name} trains a quantized model, and this one isn't; quantize it first")
+    found: dict[str, list[nn.Parameter]] = {slot: [] for slot in stage.rates}
+    for layer in packed.values():
+        slots = [slot for slot in stage.rates if slot != "zero" or layer.zero is not None]
+        for slot, parameter in layer.make_trainable(slots).items():
+            found[slot].append(parameter)
+    for slot, parameters in found.items():
+        if not parameters:
+            raise PlanishError(
+                f"a symmetric grid has no {slot} to train; drop {slot}_rate, or quantize with zero points"
+            )
+    return found
+
+
+def _attach(model: PreTrainedModel, stage: Stage, schemes: SchemeMap) -> None:
+    assert stage.fit is not None
+    resolved = schemes.resolve(linears(discover(model), model))
+    quantizers: dict[str, Quantizer] = {}
+    for name, scheme in resolved.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        quantizers[name] = Quantizer(
+            linear.weight.detach(),
+            scheme,
+            weight_slot=stage.weight,
+            range_slot=stage.range,
+            rounding_slot=stage.rounding,
+        )
+        _put(model, name, QLinear(linear, quantizers[name]))
+    slot_groups(quantizers, _without_norms(stage.fit.rates))
+
+
+def _without_norms(rates: Mapping[str, float]) -> dict[str, float]:
+    return {slot: rate for slot, rate in rates.items() if slot != NORM}
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

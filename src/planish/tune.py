@@ -1,0 +1,231 @@
+"""Tune: a recipe in memory, its whole-model stage included.
+
+    model, figures = quantize_in_memory(run)     the blocks, then the stage behind them
+
+    teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
+    tune(model, stage, ids, labels, teacher, setting)
+
+Scales (and zero points) become trainable, are trained, and are frozen again as they will be stored. Knows nothing
+of the checkpoint it came from or goes to.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from planish.arch import discover
+from planish.errors import PlanishError
+from planish.fit.finetune import Setting, Windows, finetune
+from planish.fit.objective import Objective, logits_of
+from planish.fit.reconstruct import Outcome
+from planish.fit.teacher import last_hidden
+from planish.fit.whole import EndToEnd
+from planish.folder import assemble
+from planish.instruct import Examples
+from planish.kernels.linear import PackedLinear, packed_layers
+from planish.log import Event, Progress, peak_bytes
+from planish.plan import measure_room, plan_streams
+from planish.qtensor import QTensor
+from planish.run import Run
+from planish.source import Source
+from planish.stream import BlockStream
+from planish.trainable import convert, free_slots
+
+CHECKPOINTING_FROM = 500_000_000  # weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The model to distil from.
+
+    Args:
+        hidden: its last hidden states [samples, tokens, hidden], of the samples that are trained on.
+        logits: its head, hidden states [tokens, hidden] -> [tokens, vocabulary].
+    """
+
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
+def teacher_of(
+    source: Source,
+    ids: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: int,
+    directory: Path,
+    progress: Progress | None = None,
+) -> Teacher:
+    """The float model's last hidden states on `ids` [samples, tokens]; its head stays loaded on the device.
+
+    They go to host memory, or to a file in `directory` if that is too small.
+
+    Raises:
+        PlanishError: if neither has room for them.
+    """
+    skeleton = source.skeleton()
+    arch = discover(skeleton)
+    blocks = skeleton.get_submodule(arch.blocks)
+    assert isinstance(blocks, nn.ModuleList) and arch.head is not None
+    decoder = skeleton.get_submodule(arch.decoder)
+    # the Trainer takes its samples from the host
+    room = dataclasses.replace(measure_room(device, directory), device=0)
+    hidden_size = source.config.get_text_config().hidden_size
+    plan = plan_streams(len(ids), ids.shape[1], hidden_size, dtype, "auto", device, room, count=1)
+    if progress:
+        progress(Event(stage="teacher", index=0, total=arch.num_blocks, note=f"the teacher's {plan.summary()}"))
+
+    def load(index: int) -> nn.Module:
+        source.load(blocks[index], arch.block(index), device, dtype)
+        return blocks[index]
+
+    with source.lend(arch.around, device, dtype):
+        stream = BlockStream(
+            decoder,
+            blocks,
+            ids,
+            device=device,
+            storage=plan.where,
+            micro_batch=micro_batch,
+            quantized=False,
+            directory=directory,
+        )
+        hidden = last_hidden(stream, decoder, blocks, ids, load, lambda index: source.unload(blocks[index]))
+    source.load(skeleton.get_submodule(arch.head), arch.head, device, dtype)
+    return Teacher(hidden=hidden, logits=logits_of(skeleton))
+
+
+def check_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher whose logits don't stand for the same tokens.
+
+    Raises:
+        PlanishError: if the vocabularies have different sizes.
+    """
+    ours, theirs = (part.config.get_text_config().vocab_size for part in (model, teacher))
+    if ours != theirs:
+        raise PlanishError(f"the teacher has a vocabulary of {theirs}, the model one of {ours}; give its own original")
+
+
+def tune(
+    model: PreTrainedModel,
+    stage: EndToEnd,
+    ids: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None,
+    setting: Setting,
+) -> Outcome:
+    """Train a packed model in place; it is frozen again afterwards, as it will be stored.
+
+    Args:
+        ids, labels: int64 [samples, tokens], aligned; see `fit.loss.NO_LABEL`.
+        teacher: needed if the stage distils; its hidden states in the order of `ids`.
+    """
+    assert teacher is not None or stage.distill == 0
+    parameters = free_slots(model, stage)
+    objective = Objective(
+        model,
+        discover(model, PackedLinear),
+        distill=stage.distill,
+        temperature=stage.temperature,
+        teacher_logits=None if teacher is None else teacher.logits,
+    )
+    windows = Windows(ids, labels, None if teacher is None else teacher.hidden)
+    start = [parameter.detach().clone() for members in parameters.values() for parameter in members]
+    try:
+        while True:
+            try:
+                return finetune(objective, parameters, windows, stage, setting)
+            except torch.OutOfMemoryError:
+                if setting.micro_batch == 1:
+                    raise PlanishError(
+                        f"{stage.name} doesn't fit the GPU even one sample at a time; use shorter samples (--seqlen)"
+                    ) from None
+            setting = dataclasses.replace(setting, micro_batch=setting.micro_batch // 2)
+            torch.cuda.empty_cache()
+            for parameter, value in zip((p for members in parameters.values() for p in members), start, strict=True):
+                parameter.data.copy_(value)
+                parameter.grad = None
+    finally:
+        convert(model)
+
+
+def quantize_in_memory(
+    run: Run, examples: Examples | None = None, how: Callable[[Setting], Setting] = lambda setting: setting
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run a recipe; the model and the figures of the run.
+
+    Args:
+        examples: what a whole-model stage trains on; the windows of the calibration if not given.
+        how: changes the setting of a whole-model stage.
+    """
+    found: dict[str, QTensor] = {}
+    trained: dict[str, Tensor] = {}
+    figures = run.execute(lambda name, quantized: found.update({name: quantized.to("cpu")}), trained.__setitem__)
+    stage, source = run.recipe.whole, run.source
+    if stage is None:
+        return _assembled(run, found, trained, source.dtype), figures
+    if examples is None:
+        assert run.ids is not None
+        examples = Examples(ids=run.ids, labels=run.ids, note="")
+    teacher = None
+    if stage.distill > 0:
+        teacher = teacher_of(
+            source,
+            examples.ids,
+            device=run.device,
+            dtype=run.dtype,
+            micro_batch=run.micro_batch,
+            directory=run.stream_folder,
+            progress=run.progress,
+        )
+    model = _assembled(run, found, trained, run.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(
+            folder=Path(folder),
+            device=run.device,
+            seed=run.seed,
+            micro_batch=run.micro_batch,
+            checkpointing=wants_checkpointing(model, run.device),
+            progress=run.progress,
+        )
+        outcome = tune(model, stage, examples.ids, examples.labels, teacher, how(setting))
+    return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
+
+
+def figures_of(outcome: Outcome, device: torch.device) -> dict[str, Any]:
+    """What run.json says of a whole-model stage."""
+    return {
+        "end_to_end": [outcome.before, outcome.after],
+        "end_to_end_notes": list(outcome.notes),
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+def wants_checkpointing(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether blocks are recomputed in the backward pass: where their activations would outweigh the weights."""
+    weights = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
+    return device.type == "cuda" and weights > CHECKPOINTING_FROM
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Parameters and biases in a dtype; buffers such as rotary frequencies keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for layer in packed_layers(model).values():
+        layer.bias = None if layer.bias is None else layer.bias.to(dtype)
+    return model
+
+
+def _assembled(run: Run, found: dict[str, QTensor], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    model = assemble(run.source, found.items(), run.device, dtype)
+    for name, tensor in trained.items():
+        model.get_parameter(name).data.copy_(tensor)
+    return model

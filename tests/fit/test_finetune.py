@@ -1,0 +1,217 @@
+"""A whole-model stage: what is trained, what is kept, and that a killed run goes on to the same scales."""
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import planish
+from planish.errors import PlanishError
+from planish.fit import finetune as finetune_module
+from planish.fit.finetune import Guard, Setting
+from planish.fit.loss import NO_LABEL, in_chunks, next_token
+from planish.fit.objective import Objective, logits_of, shifted
+from planish.fit.whole import EndToEnd
+from planish.kernels.linear import packed_layers
+from planish.source import open_source
+from planish.tune import Teacher, check_vocabulary, teacher_of, tune
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+STAGE = EndToEnd(name="e2e", rates={"scale": 5e-3}, epochs=4.0, batch_size=4, distill=1.0)
+
+
+@functools.cache
+def float_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def _quantized(scheme: str) -> Any:
+    return planish.quantize(float_model(), "rtn", scheme, device="cpu")
+
+
+def quantized(scheme: str = "w2g32asym") -> Any:
+    return copy.deepcopy(_quantized(scheme))
+
+
+@functools.cache
+def teacher() -> Teacher:
+    source = open_source(float_model())
+    return teacher_of(source, IDS, device=CPU, dtype=torch.float32, micro_batch=5, directory=Path("."))
+
+
+def setting(folder: Path, **changed: Any) -> Setting:
+    return dataclasses.replace(Setting(folder=folder, device=CPU, seed=0, micro_batch=2), **changed)
+
+
+def scales(model: nn.Module) -> list[Tensor]:
+    return [layer.scale for layer in packed_layers(model).values()]
+
+
+def held_out(model: Any, stage: EndToEnd = STAGE, count: int = 6) -> float:
+    """The stage's loss by ordinary means, on the samples that it holds out."""
+    with torch.no_grad():
+        ours, theirs = (part(IDS[:count]).logits[:, :-1].flatten(0, 1) for part in (model, float_model()))
+    labels = IDS[:count, 1:].flatten()
+    return (next_token(ours, labels, theirs, stage.distill, stage.temperature) / len(labels)).item()
+
+
+def test_the_teacher_is_the_float_model_itself() -> None:
+    with torch.no_grad():
+        assert torch.allclose(teacher().hidden, float_model().model(input_ids=IDS)[0], atol=1e-6)
+        logits = teacher().logits(teacher().hidden[0])
+        assert torch.allclose(logits, float_model()(IDS[:1]).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
+def test_the_loss_falls_and_codes_stay(tmp_path: Path, distill: float) -> None:
+    model, stage = quantized(), dataclasses.replace(STAGE, distill=distill, rates={"scale": 5e-3, "zero": 2e-2})
+    start = {name: layer.qtensor() for name, layer in packed_layers(model).items()}
+    before = held_out(model, stage)
+    outcome = tune(model, stage, IDS, IDS, teacher(), setting(tmp_path))
+    assert outcome.before == pytest.approx(before, rel=1e-5)
+    assert outcome.after == pytest.approx(held_out(model, stage), rel=1e-5)
+    assert outcome.after < 0.995 * before
+    for name, layer in packed_layers(model).items():
+        assert torch.equal(layer.qtensor().codes, start[name].codes)
+        assert layer.scale.dtype == torch.float16 and not layer.trainable
+        assert not torch.equal(layer.scale, start[name].scale)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_absurd_rate_keeps_the_start(tmp_path: Path) -> None:
+    model = quantized()
+    start = scales(model)
+    outcome = tune(model, dataclasses.replace(STAGE, rates={"scale": 1e6}), IDS, IDS, teacher(), setting(tmp_path))
+    assert outcome.after == outcome.before
+    assert all(map(torch.equal, scales(model), start))
+
+
+def test_recomputing_changes_nothing(tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = quantized()
+        tune(model, STAGE, IDS, IDS, teacher(), setting(tmp_path, checkpointing=checkpointing))
+        found.append(scales(model))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """All gradients of each step, as the optimizer sees them."""
+    seen: list[Tensor] = []
+
+    class Watching(Guard):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            grads = [p.grad for group in kwargs["optimizer"].param_groups for p in group["params"]]
+            seen.append(torch.cat([grad.flatten() for grad in grads]).clone())
+
+    monkeypatch.setattr(finetune_module, "Guard", Watching)
+    return seen
+
+
+def test_micro_batches_sum_to_the_batch(tmp_path: Path, gradients: list[Tensor]) -> None:
+    # some answers are shorter: parts of a step have different numbers of labels
+    labels = IDS.clone()
+    labels[::3, 4:] = NO_LABEL
+    stage = dataclasses.replace(STAGE, steps=1, clip=1e9)
+    for micro in (1, 4):
+        tune(quantized(), stage, IDS, labels, teacher(), setting(tmp_path, micro_batch=micro))
+    first, second = gradients
+    assert torch.allclose(first, second, rtol=1e-3, atol=1e-3 * second.abs().mean().item())
+
+
+def test_clipping_is_really_applied(tmp_path: Path, gradients: list[Tensor]) -> None:
+    for clip in (1e9, 1e-3):
+        tune(quantized(), dataclasses.replace(STAGE, clip=clip, steps=2), IDS, IDS, teacher(), setting(tmp_path))
+    norms = [gradient.norm().item() for gradient in gradients]
+    assert min(norms[:2]) > 2e-3 and norms[2:] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing behind it runs."""
+
+
+def test_a_killed_run_goes_on_to_the_same_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantized()
+    expected = tune(whole, STAGE, IDS, IDS, teacher(), setting(tmp_path / "whole", save_every=5))
+    kinds = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+    class Dies(Guard):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == 13:
+                raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetune_module, "Guard", Dies)
+        tune(quantized(), STAGE, IDS, IDS, teacher(), setting(tmp_path / "cut", save_every=5))
+    # a checkpoint that was cut short isn't taken
+    (tmp_path / "cut" / "checkpoint-12").mkdir()
+    again = quantized()
+    found = tune(again, STAGE, IDS, IDS, teacher(), setting(tmp_path / "cut", save_every=5, resume=True))
+    assert found == expected
+    assert all(map(torch.equal, scales(again), scales(whole)))
+
+    other = dataclasses.replace(STAGE, name="another")
+    with pytest.raises(PlanishError, match="of another run: stage was 'e2e' and is 'another'"):
+        tune(quantized(), other, IDS, IDS, teacher(), setting(tmp_path / "cut", resume=True))
+
+
+def test_chunks_add_up() -> None:
+    objective = Objective(float_model(), planish.arch.discover(float_model()), distill=0.3,
+                          teacher_logits=lambda hidden: hidden @ torch.ones(64, 64))  # fmt: skip
+    hidden, theirs = (torch.randn(2, 50, 64, requires_grad=grad) for grad in (True, False))
+    labels = torch.randint(0, 64, (2, 50))
+    labels[0, :20] = NO_LABEL
+    found = objective.of_hidden(hidden, labels, theirs)
+    whole = next_token(logits_of(float_model())(hidden.flatten(0, 1)), labels.flatten(),
+                       theirs.flatten(0, 1) @ torch.ones(64, 64), 0.3)  # fmt: skip
+    assert torch.allclose(found, whole, rtol=1e-5)
+    for size in (7, 100):
+        again = in_chunks(hidden.flatten(0, 1), lambda piece, part: (piece * piece).sum(), size)
+        (grad,) = torch.autograd.grad(again, hidden)
+        assert torch.allclose(grad, 2 * hidden.detach())
+
+
+def test_labels_move_to_what_predicts_them() -> None:
+    assert shifted(torch.tensor([[1, 2, NO_LABEL, 4]])).tolist() == [[2, NO_LABEL, 4, NO_LABEL]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"rates": {"scale": 0.0}}, "the learning rate of scale is 0.0; it must be above 0"),
+        ({"distill": 1.5}, "isn't a share"),
+        ({"temperature": 0.0}, "temperature and clip must be above 0"),
+        ({"epochs": 0.0}, "must be 1 or more"),
+    ],
+)
+def test_refused_stages(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanishError, match=said):
+        dataclasses.replace(STAGE, **keys)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused() -> None:
+    other = LlamaForCausalLM(LlamaConfig(**{**float_model().config.to_dict(), "vocab_size": 65}))
+    with pytest.raises(PlanishError, match="the teacher has a vocabulary of 65, the model one of 64"):
+        check_vocabulary(float_model(), other)
