@@ -152,10 +152,67 @@ def test_recipes_are_listed_and_explained(planish):
     assert planish("recipes", "signrund").err == "planish: no recipe 'signrund': did you mean 'signround'?\n"
 
 
-@pytest.mark.parametrize("verb", ["quantize", "recipes", "eval", "generate", "info"])
+@pytest.mark.parametrize("verb", ["quantize", "finetune", "recipes", "eval", "generate", "info"])
 def test_help_teaches_by_examples(planish, verb):
     shown = planish(verb, "--help")
     assert shown.status == 0 and f"planish {verb} " in shown.out.split("Options")[0].replace("Usage:", "")
+
+
+def finetuned(planish, model, out, text, *words):
+    return planish("finetune", model, "--out", out, "--data", text, "--samples", "8", "--seqlen", "16",
+                   "--device", "cpu", *words)
+
+
+def test_finetune_of_a_quantized_folder(planish, tiny_llama, tmp_path, text):
+    model, q, out = tiny_llama(), tmp_path / "q", tmp_path / "tuned"
+    assert planish("quantize", model, "--recipe", "rtn", "--scheme", "w2g32", "--out", q, "--device", "cpu").status == 0
+    made = finetuned(planish, q, out, text, "--steps", "3", "distill=0.5", "batch_size=4", "--batch-size", "2")
+    assert made.status == 0, made.err
+    assert "the teacher's activations" in made.out and "e2e_qp   3/3   loss " in made.out and f"wrote {out}" in made.out
+    run = json.loads((out / "run.json").read_text())
+    assert run["keys"] == {"steps": 3, "distill": "0.5", "batch_size": "4"} and run["recipe"] == "e2e_qp"
+    assert f"made by e2e_qp steps=3 distill=0.5 batch_size=4 of {q}" in planish("info", out).out
+    assert planish("eval", out, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu").status == 0
+
+
+def test_finetune_of_a_float_model(planish, tiny_llama, tmp_path, text):
+    out = tmp_path / "q"
+    # --epochs are those of the whole-model stage; the blocks' are a key
+    made = finetuned(planish, tiny_llama(), out, text, "--recipe", "efficientqat", "--scheme", "w2g32",
+                     "--epochs", "1", "epochs=2")
+    assert made.status == 0, made.err
+    assert "block_ap   2/2   loss " in made.out and "e2e_qp   1/1   loss " in made.out
+    assert json.loads((out / "run.json").read_text())["keys"] == {"e2e_epochs": 1.0, "epochs": "2"}
+
+
+def test_refusals_of_finetune(planish, tiny_llama, tmp_path, text):
+    model, q, out = tiny_llama(), tmp_path / "q", tmp_path / "tuned"
+    assert planish("quantize", model, "--recipe", "rtn", "--scheme", "w2g32", "--out", q, "--device", "cpu").status == 0
+    for given, words, message in [
+        (model, (), "recipe 'e2e_qp' trains a model that is quantized already, and this one isn't; quantize it first"),
+        (q, ("rate=0",), "the learning rate of scale is 0.0; it must be above 0"),
+        (q, ("--steps", "0"), "must be 1 or more"),
+        (q, ("steps=3",), "'steps=3': steps is an option; write --steps 3"),
+        (q, ("--recipe", "rtn"), "recipe 'rtn' trains no whole model; use planish quantize --recipe rtn"),
+        (q, ("--scheme", "w4g32"), "is quantized already; drop the scheme"),
+        (q, ("--format", "gptq"), "is in format auto_round and stays so; drop --format"),
+        (q, ("--track", "comet"), "no tracker 'comet'; use one of none, tensorboard, wandb"),
+        (q, ("--seqlen", "300"), "seqlen 300 is above the model's max_position_embeddings"),
+        (q, ("distill=1", "--teacher", tmp_path / "nowhere"), "no such folder: "),
+        (tmp_path / "nowhere", (), "no such folder: "),
+    ]:
+        refused = finetuned(planish, given, out, text, *words)
+        assert (refused.status, refused.out) == (2, ""), (words, refused)
+        assert refused.err.startswith("planish: ") and message in refused.err and refused.err.count("\n") == 1, refused
+    assert planish("finetune", q).err == "planish: where to? give a new folder with --out DIR\n"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q", "text.txt", "tiny"]
+
+
+def test_help_of_finetune_has_a_command_for_each_way(planish):
+    shown = planish("finetune", "--help").out
+    for words in ("planish finetune q2 --data chats.jsonl --out q2-tuned", "distill=1", "--recipe efficientqat",
+                  "--save-every 100 --resume", "--teacher", "--lean"):
+        assert words in shown
 
 
 def test_an_unknown_option_is_a_usage_error(planish):

@@ -4,6 +4,8 @@ Law 1: conversion is exact. Law 5: a fit is never worse than where it started. L
 formats/test_formats.py, law 3 in kernels/test_kernels.py.
 """
 
+import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,15 +17,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import planish
 from planish import quant
+from planish.fit.watch import Setting
+from planish.kernels.linear import packed_layers
 from planish.log import Event
 from planish.quant import Fixed, Free, Learned, MinMax, Nearest, Offset, QLinear, Quantizer, Searched, TunedMinMax
 from planish.recipes import RECIPES, build, describe
 from planish.scheme import Scheme
+from planish.source import open_source
+from planish.tune import Teacher, teacher_of, tune
 
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
 WEIGHTS = {"fixed": Fixed, "free": Free}
 RANGES: dict[str, Callable[..., nn.Module]] = {
     "minmax": MinMax,
@@ -127,6 +135,11 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 FITTED = [name for name in RECIPES if any(stage.fit for stage in build(name).blocks)]
+WHOLE = [name for name in RECIPES if build(name).whole]
+
+
+def test_every_recipe_is_here() -> None:
+    assert {*FITTED, *WHOLE, "rtn"} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("recipe", FITTED)
@@ -135,16 +148,16 @@ FITTED = [name for name in RECIPES if any(stage.fit for stage in build(name).blo
 @pytest.mark.parametrize("absurd", [False, True], ids=["usual rate", "absurd rate"])
 def test_law_5_a_fit_is_never_worse(recipe: str, scheme: str, span: int, absurd: bool) -> None:
     known = describe(recipe)["keys"]
-    keys = {key: value for key, value in {"steps": 40, "span": span, "holdout": 3}.items() if key in known}
+    wanted = {"steps": 40, "epochs": 9, "e2e_epochs": 1, "span": span, "holdout": 3}
+    keys = {key: value for key, value in wanted.items() if key in known and (key != "epochs" or "steps" not in known)}
     rates = {key: 1e6 for key in known if absurd and key.endswith("rate")}
     assert rates or not absurd, "a recipe that fits has a rate to choose"
     events: list[Event] = []
-    ids = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
     planish.quantize(
         tiny_model(),
         recipe,
         scheme,
-        data=ids,
+        data=IDS,
         samples=12,
         seqlen=16,
         progress=events.append,
@@ -152,9 +165,48 @@ def test_law_5_a_fit_is_never_worse(recipe: str, scheme: str, span: int, absurd:
         **keys,
         **rates,
     )
-    losses = [(event.before, event.after) for event in events if event.index]
+    names = {stage.name for stage in build(recipe).blocks}
+    losses = [(event.before, event.after) for event in events if event.index and event.stage in names]
     assert len(losses) == math.ceil(3 / keys.get("span", 1))
     for before, after in losses:
         assert before is not None and after is not None and math.isfinite(after)
         assert after == before if absurd else after <= before
     assert absurd or sum(after for _, after in losses) < 0.98 * sum(before for before, _ in losses)
+
+
+@functools.cache
+def packed_model(scheme: str) -> PreTrainedModel:
+    return planish.quantize(tiny_model(), "rtn", scheme, device="cpu")
+
+
+@functools.cache
+def teacher() -> Teacher:
+    source = open_source(tiny_model())
+    return teacher_of(source, IDS, device=CPU, dtype=torch.float32, micro_batch=4, directory=Path("."))
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
+@pytest.mark.parametrize("scheme", ["w2g32asym", "w4pc"])
+@pytest.mark.parametrize("lean", [False, True], ids=["trainer", "lean"])
+@pytest.mark.parametrize("absurd", [False, True], ids=["usual rate", "absurd rate"])
+def test_law_5_a_whole_model_stage_is_never_worse(
+    tmp_path: Path, recipe: str, scheme: str, lean: bool, absurd: bool
+) -> None:
+    stage = build(recipe).whole
+    assert stage is not None
+    rates = {"scale": stage.rates["scale"]} | ({"zero": 1e-2} if "asym" in scheme else {})
+    stage = dataclasses.replace(
+        stage, rates=dict.fromkeys(rates, 1e6) if absurd else rates, distill=1, steps=8, holdout=3, batch_size=4
+    )
+    model, events = copy.deepcopy(packed_model(scheme)), list[Event]()
+    start = [layer.qtensor() for layer in packed_layers(model).values()]
+    setting = Setting(folder=tmp_path, device=CPU, seed=0, micro_batch=2, lean=lean, progress=events.append)
+    outcome = tune(model, stage, IDS, IDS, teacher(), setting)
+    losses = [(event.before, event.after) for event in events if event.index]
+    assert len(losses) == stage.checks and losses[-1] == (outcome.before, outcome.after)
+    best = outcome.before
+    for before, after in losses:
+        assert before == outcome.before and after is not None and math.isfinite(after) and after <= best
+        best = after
+    same = [layer.qtensor().equal(was) for layer, was in zip(packed_layers(model).values(), start, strict=True)]
+    assert (outcome.after == outcome.before and all(same)) if absurd else outcome.after < 0.995 * outcome.before

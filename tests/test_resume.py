@@ -272,7 +272,7 @@ def test_other_versions_are_refused(tiny_llama: Tiny, tmp_path: Path, monkeypatc
     model = tiny_llama()
     with pytest.raises(Stop):
         run(model, tmp_path / "out", **SIGNROUND, progress=stop_behind(1))
-    monkeypatch.setattr("planish.api.versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("planish.request.versions", lambda: {"torch": "9.9"})
     with pytest.raises(PlanishError, match=r"versions\.planish was .*, is not there; versions\.torch was .*, is 9\.9"):
         run(model, tmp_path / "out", **SIGNROUND)
 

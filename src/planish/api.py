@@ -130,13 +130,7 @@ def quantize_to(
     if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
         raise PlanishError(f"{out} is the model itself; write to another folder")
     if resolved.recipe.whole is not None:
-        if announce:
-            announce(resolved)
-        tuned, figures = quantize_in_memory(run)
-        manifest = manifest_of(resolved, run, figures)
-        extra: dict[str, Content] = {"run.json": manifest.to_dict()}
-        write_model(tuned, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra)
-        return manifest
+        return _write_tuned(resolved, run, writer, announce)
     if journal is None:
         if (left := Journal(out).folder).is_dir():
             run.notes.append(f"{left} holds an unfinished run: go on with --resume, or delete it")
@@ -147,6 +141,19 @@ def quantize_to(
         if finished and (done := RunManifest.read(writer.out)):
             return done
         return _write(resolved, run, writer, announce)
+
+
+def _write_tuned(
+    resolved: Resolved, run: Run, writer: CheckpointWriter, announce: Callable[[Resolved], None] | None
+) -> RunManifest:
+    """The same for a recipe that trains the whole model in the end, which is then in memory, packed."""
+    if announce:
+        announce(resolved)
+    model, figures = quantize_in_memory(run)
+    manifest = manifest_of(resolved, run, figures)
+    extra: dict[str, Content] = {"run.json": manifest.to_dict()}
+    write_model(model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra)
+    return manifest
 
 
 def _write(

@@ -172,6 +172,7 @@ def finetune(
     teacher: Annotated[str | None, _optional("Float model to distil from; else the one in run.json.")] = None,
     batch_size: Annotated[int, Option(help="Windows in one pass; batch_size=8 is a step's.")] = 4,
     checkpointing: Annotated[bool | None, _optional("Recompute blocks, by the model's size if not given.")] = None,
+    lean: Annotated[bool | None, _optional("One block at a time; where memory is short, if not given.")] = None,
     save_every: Annotated[int, Option(help="Steps between checkpoints; 0 writes none.")] = 0,
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
     track: Annotated[str, Option(help="tensorboard or wandb, where installed.")] = "none",
@@ -186,7 +187,9 @@ def finetune(
     from planish.recipes import describe
 
     own = describe(recipe)["keys"]
-    counts = {"e2e_" + k if "e2e_" + k in own else k: v for k, v in (("steps", steps), ("epochs", epochs)) if v}
+    counts = {
+        "e2e_" + k if "e2e_" + k in own else k: v for k, v in (("steps", steps), ("epochs", epochs)) if v is not None
+    }
     tuning.finetune(
         model,
         out,
@@ -199,6 +202,7 @@ def finetune(
         teacher=teacher,
         batch_size=batch_size,
         checkpointing=checkpointing,
+        lean=lean,
         save_every=save_every,
         resume=resume,
         track=track,
@@ -207,7 +211,7 @@ def finetune(
         seed=seed,
         overwrite=overwrite,
         progress=show_event,
-        keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size",))},
+        keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size", *_of_blocks(own)))},
     )
     _say(f"wrote {out} ({_size(_disk_bytes(out))}); next: planish eval {out} --seqlen 512")
 
@@ -387,6 +391,11 @@ def _keys(pairs: Iterable[str], command: Any = quantize, allowed: tuple[str, ...
             raise PlanishError(f"{pair!r}: {key} is an option; write --{key.replace('_', '-')} {value}")
         keys[key] = value
     return keys
+
+
+def _of_blocks(own: Iterable[str]) -> list[str]:
+    """Keys that are the blocks' where the whole-model stage has one of that name: the option sets the latter."""
+    return [key.removeprefix("e2e_") for key in own if key.startswith("e2e_")]
 
 
 def _show_recipe(facts: dict[str, Any]) -> None:

@@ -3,7 +3,12 @@
     bytes of a stream = samples * tokens * hidden * bytes of an activation
 
 Streams of activations go to the device if all of them take less than a third of its free memory, else to host
-memory if they take less than HOST_SHARE of what is available, else to files. Knows nothing of recipes.
+memory if they take less than HOST_SHARE of what is available, else to files.
+
+    bytes of training a whole model = what stays + state * numbers trained + graph * tokens of a pass
+
+with 16 bytes of state a number by the Trainer (value, gradient, two moments in fp32) and 6.03 in the lean way (two
+moments of 8 bits, no gradients but one block's), which is taken where the first doesn't fit. Knows nothing of recipes.
 """
 
 import os
@@ -17,6 +22,9 @@ from planish.errors import PlanishError
 from planish.stream import STORAGES
 
 DEVICE_SHARE, HOST_SHARE = 1 / 3, 0.6
+MARGIN = 1.1  # of a prediction
+TRAINER_STATE, LEAN_STATE = 16.0, 4 + 2 * (1 + 4 / 256)  # bytes a number: see `fit.adam8` for the second
+HEAD_TOKENS = 1024  # whose logits exist at a time: see `fit.loss.in_chunks`
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CGROUPS = (
@@ -105,6 +113,122 @@ def plan_streams(
     return StreamPlan(bytes_each=each, count=count, dtype=dtype, where=where, reason=reasons[where])
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeSize:
+    """What of a model decides the memory of training it as a whole, packed.
+
+    Args:
+        fixed: bytes of what isn't trained: codes, embedding, head, norms; another model's head too.
+        trained: numbers that are trained. largest: those of the block that has most.
+        weights: numbers that codes stand for.
+        dense: bytes of the largest weight decoded, as long inputs are multiplied.
+        graph: bytes that a token leaves in a block for the backward pass.
+        logits: bytes that a token's logits take, with their gradient and the other model's.
+        boundary: bytes of a token's hidden state between blocks. blocks: how many.
+    """
+
+    fixed: int
+    trained: int
+    largest: int
+    weights: int
+    dense: int
+    graph: int
+    logits: int
+    boundary: int
+    blocks: int
+
+    def peak(self, tokens: int, *, lean: bool, checkpointing: bool) -> int:
+        """Bytes on the device with so many tokens in a forward and backward pass, as predicted."""
+        state = (LEAN_STATE if lean else TRAINER_STATE) * self.trained
+        # the scales as they are stored, of the blocks whose graph is alive; and gradients of one block
+        passing = 4 * self.largest * (2 if lean else 1)
+        kept = 0 if lean else self.boundary * self.blocks
+        if not lean and not checkpointing:
+            kept, passing = self.graph * (self.blocks - 1), 4 * self.trained
+        at_once = max(self.graph * tokens + self.dense, self.logits * min(tokens, HEAD_TOKENS))
+        return round(self.fixed + state + passing + kept * tokens + at_once)
+
+    def host(self, tokens: int) -> int:
+        """Bytes in host memory in the lean way, with so many tokens in a step: what enters blocks, the best state."""
+        return self.boundary * self.blocks * tokens + 4 * self.trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholePlan:
+    """How a whole-model stage will train: which way, samples in a pass, and the bytes on the device, of `free`."""
+
+    lean: bool
+    micro_batch: int
+    bytes: int
+    free: int
+    by_trainer: int
+
+    def summary(self) -> str:
+        """One line for a user."""
+        other = f"; by the Trainer {gigabytes(self.by_trainer)}" if self.lean else ""
+        return (
+            f"trained {'lean, one block at a time' if self.lean else 'by the Trainer'}: {gigabytes(self.bytes)} of GPU "
+            f"memory for {self.micro_batch} samples in a pass, {gigabytes(self.free)} free{other}"
+        )
+
+
+def plan_whole(
+    size: WholeSize,
+    *,
+    seqlen: int,
+    batch_size: int,
+    micro_batch: int,
+    checkpointing: bool,
+    lean: bool | None,
+    free: int,
+    host: int,
+) -> WholePlan:
+    """Choose how a whole-model stage trains on a GPU; pure.
+
+    The Trainer if it fits with a margin, with fewer samples in a pass if need be; else the lean way.
+
+    Args:
+        batch_size: samples in a step. micro_batch: in a pass, at most.
+        lean: the user's word, which stands even if it isn't predicted to fit.
+        free: bytes of GPU memory for all of it, the model included. host: of host memory.
+
+    Raises:
+        PlanishError: if neither way fits.
+    """
+
+    def peak(way: bool, micro: int) -> int:
+        return size.peak(micro * seqlen, lean=way, checkpointing=checkpointing)
+
+    def made(way: bool, micro: int) -> WholePlan:
+        return WholePlan(lean=way, micro_batch=micro, bytes=peak(way, micro), free=free, by_trainer=peak(False, 1))
+
+    micros = [micro_batch >> shift for shift in range(micro_batch.bit_length())]
+    for way in (False, True) if lean is None else (lean,):
+        for micro in micros:
+            # the last resort is tried without a margin
+            if peak(way, micro) * (MARGIN if not way or micro > 1 else 1) <= free:
+                if way:
+                    _check_host(size.host(batch_size * seqlen), host, batch_size)
+                return made(way, micro)
+    if lean is not None:
+        return made(lean, 1 if lean else micro_batch)
+    mend = "use shorter samples (--seqlen)"
+    if size.peak(0, lean=True, checkpointing=True) > free:
+        mend = "quantize to fewer bits or larger groups, or take a larger GPU"
+    raise PlanishError(
+        f"training takes {gigabytes(peak(True, 1))} of GPU memory even one block and one sample of {seqlen} tokens "
+        f"at a time, and {gigabytes(free)} are free; {mend}"
+    )
+
+
+def _check_host(need: int, host: int, batch_size: int) -> None:
+    if MARGIN * need > host:
+        raise PlanishError(
+            f"lean training keeps {gigabytes(need)} in host memory for {batch_size} samples a step, and "
+            f"{gigabytes(host)} are free; lower the recipe's batch_size, or use shorter samples (--seqlen)"
+        )
+
+
 def measure_room(device: torch.device, folder: Path) -> Room:
     """What is free now. `folder` need not exist yet; what lies in it already counts as free."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
@@ -115,6 +239,11 @@ def measure_room(device: torch.device, folder: Path) -> Room:
         disk=shutil.disk_usage(existing).free + inside,
         folder=folder,
     )
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process has, in use or not, or may still take."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def host_memory() -> int:

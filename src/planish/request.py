@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
 from planish.data import check_seqlen
@@ -27,6 +27,7 @@ from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
 from planish.scheme import Scheme, SchemeMap, bits_per_weight
 from planish.source import Source, open_source
+from planish.trainable import check_trainer
 
 SAMPLES, SEQLEN = 128, 2048
 
@@ -90,13 +91,14 @@ def resolve(
     Raises:
         PlanishError: for anything wrong with it.
     """
-    _, about_data = split_preset(recipe, preset)
     built = build(recipe, preset, keys)
     if not built.blocks:
         raise PlanishError(
             f"recipe {recipe!r} trains a model that is quantized already, and this one isn't; quantize it first, then "
             f"planish finetune DIR --recipe {recipe}"
         )
+    if built.whole is not None:
+        check_trainer()
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
@@ -111,9 +113,7 @@ def resolve(
     chosen = choose(every, shapes) if format == "auto" else FORMATS[format]
     verify_schemes(chosen, every, shapes)
     own, _ = split_preset(recipe, preset)
-    seqlen = about_data.get("seqlen", SEQLEN) if seqlen is None else seqlen
-    if built.needs_data:
-        check_seqlen(source.config, seqlen)
+    samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
     return Resolved(
         source=source,
         recipe=built,
@@ -124,9 +124,27 @@ def resolve(
         parameters=sum(p.numel() for p in skeleton.parameters()),
         arch=arch,
         format=chosen,
-        samples=about_data.get("samples", SAMPLES) if samples is None else samples,
+        samples=samples,
         seqlen=seqlen,
     )
+
+
+def data_size(
+    recipe: str, preset: str | None, samples: int | None, seqlen: int | None, config: PreTrainedConfig
+) -> tuple[int, int]:
+    """How many windows of how many tokens: as asked for, else as the preset says, else as many as the model can take.
+
+    Raises:
+        PlanishError: if longer windows are asked for than the model has positions for.
+    """
+    _, about_data = split_preset(recipe, preset)
+    samples = about_data.get("samples", SAMPLES) if samples is None else samples
+    if seqlen is None:
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        wanted = about_data.get("seqlen", SEQLEN)
+        return samples, min(wanted, longest) if isinstance(longest, int) else wanted
+    check_seqlen(config, seqlen)
+    return samples, seqlen
 
 
 def stream_folder(stream_dir: str | os.PathLike[str] | None) -> Path | None:

@@ -8,14 +8,17 @@
 What was trained is what is packed, bit for bit. Knows nothing of data, losses or files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from planish.arch import discover, linears
 from planish.errors import PlanishError
+from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, slot_groups
 from planish.fit.spans import Stage
 from planish.fit.whole import EndToEnd
@@ -72,6 +75,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(module, QLinear):
             quantized = module.quantizer.quantize(module.weight)
             _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, module.weight.dtype))
+    settle({name: module for name, module in model.named_modules() if parametrize.is_parametrized(module)})
     model.requires_grad_(False)
     return model
 
@@ -98,9 +102,22 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Par
     return found
 
 
+def check_trainer() -> None:
+    """Refuse a whole-model stage where transformers' Trainer can't run.
+
+    Raises:
+        PlanishError: if accelerate isn't installed.
+    """
+    if not is_accelerate_available():
+        raise PlanishError("training the whole model needs accelerate; pip install 'planish[finetune]'")
+
+
 def _attach(model: PreTrainedModel, stage: Stage, schemes: SchemeMap) -> None:
     assert stage.fit is not None
-    resolved = schemes.resolve(linears(discover(model), model))
+    arch = discover(model)
+    resolved = schemes.resolve(linears(arch, model))
+    blocks = {arch.block(index): model.get_submodule(arch.block(index)) for index in range(arch.num_blocks)}
+    norms = norms_of(blocks) if NORM in stage.fit.rates else {}
     quantizers: dict[str, Quantizer] = {}
     for name, scheme in resolved.items():
         linear = model.get_submodule(name)
@@ -113,11 +130,7 @@ def _attach(model: PreTrainedModel, stage: Stage, schemes: SchemeMap) -> None:
             rounding_slot=stage.rounding,
         )
         _put(model, name, QLinear(linear, quantizers[name]))
-    slot_groups(quantizers, _without_norms(stage.fit.rates))
-
-
-def _without_norms(rates: Mapping[str, float]) -> dict[str, float]:
-    return {slot: rate for slot, rate in rates.items() if slot != NORM}
+    slot_groups(quantizers, stage.fit.rates_in(1), free(norms))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

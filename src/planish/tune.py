@@ -2,6 +2,7 @@
 
     model, figures = quantize_in_memory(run)     the blocks, then the stage behind them
 
+    setting = planned(setting, size, ...)        by the Trainer, or lean where memory is short; refused if neither
     teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
     tune(model, stage, ids, labels, teacher, setting)
 
@@ -11,7 +12,7 @@ of the checkpoint it came from or goes to.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planish.arch import discover
+from planish.arch import discover, linears
 from planish.errors import PlanishError
-from planish.fit.finetune import Setting, Windows, finetune
+from planish.fit.finetune import finetune
+from planish.fit.lean_loop import finetune_lean
 from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
 from planish.fit.teacher import last_hidden
+from planish.fit.watch import Setting, Windows, was_lean
 from planish.fit.whole import EndToEnd
 from planish.folder import assemble
 from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.log import Event, Progress, peak_bytes
-from planish.plan import measure_room, plan_streams
+from planish.plan import WholeSize, gpu_memory, host_memory, measure_room, plan_streams, plan_whole
 from planish.qtensor import QTensor
 from planish.run import Run
+from planish.scheme import Scheme
 from planish.source import Source
 from planish.stream import BlockStream
 from planish.trainable import convert, free_slots
@@ -138,23 +142,109 @@ def tune(
         teacher_logits=None if teacher is None else teacher.logits,
     )
     windows = Windows(ids, labels, None if teacher is None else teacher.hidden)
-    start = [parameter.detach().clone() for members in parameters.values() for parameter in members]
     try:
-        while True:
-            try:
-                return finetune(objective, parameters, windows, stage, setting)
-            except torch.OutOfMemoryError:
-                if setting.micro_batch == 1:
-                    raise PlanishError(
-                        f"{stage.name} doesn't fit the GPU even one sample at a time; use shorter samples (--seqlen)"
-                    ) from None
-            setting = dataclasses.replace(setting, micro_batch=setting.micro_batch // 2)
-            torch.cuda.empty_cache()
-            for parameter, value in zip((p for members in parameters.values() for p in members), start, strict=True):
-                parameter.data.copy_(value)
-                parameter.grad = None
+        if setting.lean:
+            return finetune_lean(objective, parameters, windows, stage, setting)
+        return _by_trainer(objective, parameters, windows, stage, setting)
+    except torch.OutOfMemoryError:
+        raise PlanishError(
+            f"{stage.name} doesn't fit the GPU even one block at a time; use shorter samples (--seqlen)"
+            if setting.lean
+            else f"{stage.name} doesn't fit the GPU even one sample at a time; train lean (--lean), or on shorter "
+            "samples (--seqlen)"
+        ) from None
     finally:
         convert(model)
+
+
+def _by_trainer(
+    objective: Objective,
+    parameters: Mapping[str, Sequence[nn.Parameter]],
+    windows: Windows,
+    stage: EndToEnd,
+    setting: Setting,
+) -> Outcome:
+    """With half as many samples in a pass, from the start, whenever memory runs out."""
+    members = [parameter for slot in parameters.values() for parameter in slot]
+    start = [parameter.detach().to("cpu", copy=True) for parameter in members]
+    while True:
+        try:
+            return finetune(objective, parameters, windows, stage, setting)
+        except torch.OutOfMemoryError:
+            if setting.micro_batch == 1:
+                raise
+        setting = dataclasses.replace(setting, micro_batch=setting.micro_batch // 2)
+        torch.cuda.empty_cache()
+        for parameter, value in zip(members, start, strict=True):
+            parameter.data.copy_(value)
+            parameter.grad = None
+
+
+def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> Setting:
+    """The setting with what the plan decides: lean or not, and samples in a pass. To be asked before any work.
+
+    A run that goes on trains as it did; without a GPU it is lean only if it shall be.
+
+    Raises:
+        PlanishError: if neither way fits.
+    """
+    lean = setting.lean
+    if lean is None and setting.resume:
+        lean = was_lean(setting.folder)
+    if setting.device.type != "cuda":
+        return dataclasses.replace(setting, lean=bool(lean))
+    plan = plan_whole(
+        size,
+        seqlen=seqlen,
+        batch_size=stage.batch_size,
+        micro_batch=min(setting.micro_batch, stage.batch_size),
+        checkpointing=setting.checkpointing,
+        lean=lean,
+        free=gpu_memory(setting.device),
+        host=host_memory(),
+    )
+    if plan.lean and setting.progress:
+        setting.progress(Event(stage=stage.name, index=0, total=0, note=plan.summary()))
+    return dataclasses.replace(setting, lean=plan.lean, micro_batch=plan.micro_batch)
+
+
+def whole_size(
+    skeleton: PreTrainedModel, schemes: Mapping[str, Scheme], stage: EndToEnd, dtype: torch.dtype
+) -> WholeSize:
+    """What decides the memory of a stage, of a model that needn't be there yet.
+
+    Args:
+        skeleton: before anything is packed; parameters may be on meta.
+        schemes: of the linears that are (to be) packed.
+        dtype: of what isn't packed, and of activations.
+    """
+    arch, config = discover(skeleton), skeleton.config.get_text_config()
+    shapes, item = linears(arch, skeleton), dtype.itemsize
+    rest = [value for name, value in skeleton.named_parameters() if name.removesuffix(".weight") not in schemes]
+    codes, of_block, graph = 0, [0] * arch.num_blocks, [0] * arch.num_blocks
+    for name, (rows, columns) in shapes.items():
+        block = int(name.removeprefix(f"{arch.blocks}.").partition(".")[0])
+        # a linear's input and output; as much again for norms, activation functions and gradients on their way
+        graph[block] += 2 * item * (rows + columns)
+        if (scheme := schemes.get(name)) is None:
+            continue
+        groups, stored = rows * scheme.groups_in(columns), {"scale": 2} if scheme.symmetric else {"scale": 2, "zero": 1}
+        codes += rows * scheme.bits * -(-columns // 8)
+        codes += groups * sum(count for slot, count in stored.items() if slot not in stage.rates)
+        of_block[block] += groups * sum(slot in stage.rates for slot in stored)
+    head = config.vocab_size * config.hidden_size * item if stage.distill > 0 else 0
+    packed = [shapes[name] for name in schemes]
+    return WholeSize(
+        fixed=codes + head + item * sum(value.numel() for value in rest),
+        trained=sum(of_block),
+        largest=max(of_block),
+        weights=sum(rows * columns for rows, columns in packed),
+        dense=item * max((rows * columns for rows, columns in packed), default=0),
+        graph=max(graph),
+        logits=4 * config.vocab_size * (10 if stage.distill > 0 else 6),
+        boundary=config.hidden_size * item,
+        blocks=arch.num_blocks,
+    )
 
 
 def quantize_in_memory(
@@ -166,38 +256,47 @@ def quantize_in_memory(
         examples: what a whole-model stage trains on; the windows of the calibration if not given.
         how: changes the setting of a whole-model stage.
     """
-    found: dict[str, QTensor] = {}
-    trained: dict[str, Tensor] = {}
-    figures = run.execute(lambda name, quantized: found.update({name: quantized.to("cpu")}), trained.__setitem__)
     stage, source = run.recipe.whole, run.source
     if stage is None:
-        return _assembled(run, found, trained, source.dtype), figures
+        layers, trained, figures = _blocks(run)
+        return _assembled(run, layers, trained, source.dtype), figures
     if examples is None:
         assert run.ids is not None
         examples = Examples(ids=run.ids, labels=run.ids, note="")
-    teacher = None
-    if stage.distill > 0:
-        teacher = teacher_of(
-            source,
-            examples.ids,
-            device=run.device,
-            dtype=run.dtype,
-            micro_batch=run.micro_batch,
-            directory=run.stream_folder,
-            progress=run.progress,
-        )
-    model = _assembled(run, found, trained, run.dtype)
+    size = whole_size(source.skeleton(), run.schemes, stage, run.dtype)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
             folder=Path(folder),
             device=run.device,
             seed=run.seed,
             micro_batch=run.micro_batch,
-            checkpointing=wants_checkpointing(model, run.device),
+            checkpointing=wants_checkpointing(size, run.device),
             progress=run.progress,
         )
-        outcome = tune(model, stage, examples.ids, examples.labels, teacher, how(setting))
+        setting = planned(how(setting), size, stage, examples.ids.shape[1])
+        layers, trained, figures = _blocks(run)
+        teacher = None
+        if stage.distill > 0:
+            teacher = teacher_of(
+                source,
+                examples.ids,
+                device=run.device,
+                dtype=run.dtype,
+                micro_batch=run.micro_batch,
+                directory=run.stream_folder,
+                progress=run.progress,
+            )
+        model = _assembled(run, layers, trained, run.dtype)
+        outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
+
+
+def _blocks(run: Run) -> tuple[dict[str, QTensor], dict[str, Tensor], dict[str, Any]]:
+    """The stages that go through the blocks: packed layers, tensors that were trained besides, figures."""
+    layers: dict[str, QTensor] = {}
+    trained: dict[str, Tensor] = {}
+    figures = run.execute(lambda name, quantized: layers.update({name: quantized.to("cpu")}), trained.__setitem__)
+    return layers, trained, figures
 
 
 def figures_of(outcome: Outcome, device: torch.device) -> dict[str, Any]:
@@ -209,10 +308,9 @@ def figures_of(outcome: Outcome, device: torch.device) -> dict[str, Any]:
     }
 
 
-def wants_checkpointing(model: PreTrainedModel, device: torch.device) -> bool:
+def wants_checkpointing(size: WholeSize, device: torch.device) -> bool:
     """Whether blocks are recomputed in the backward pass: where their activations would outweigh the weights."""
-    weights = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
-    return device.type == "cuda" and weights > CHECKPOINTING_FROM
+    return device.type == "cuda" and size.weights > CHECKPOINTING_FROM
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -224,8 +322,8 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def _assembled(run: Run, found: dict[str, QTensor], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model = assemble(run.source, found.items(), run.device, dtype)
+def _assembled(run: Run, layers: dict[str, QTensor], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    model = assemble(run.source, layers.items(), run.device, dtype)
     for name, tensor in trained.items():
         model.get_parameter(name).data.copy_(tensor)
     return model

@@ -8,38 +8,49 @@ written is a checkpoint as `quantize_to` writes one. Everything wrong with a req
 """
 
 import dataclasses
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.integrations import get_available_reporting_integrations
 
-from planish.checkpoint import CheckpointWriter
-from planish.data import check_seqlen, sha256
+from planish.checkpoint import CheckpointWriter, replace
+from planish.data import sha256
 from planish.errors import PlanishError
-from planish.fit.finetune import TRACKERS, Setting
+from planish.fit.finetune import TRACKERS
+from planish.fit.watch import Setting
 from planish.fit.whole import EndToEnd
 from planish.folder import QuantizedFolder, assemble, write_model
 from planish.instruct import Examples, load_examples
+from planish.journal import fingerprint
 from planish.log import Clock, Event, Progress, RunManifest, versions
 from planish.recipes import build, split_preset
-from planish.request import SAMPLES, SEQLEN, make_run, manifest_of, resolve
+from planish.request import data_size, make_run, manifest_of, resolve
 from planish.run import compute_device, compute_dtype
 from planish.source import Source, open_source
+from planish.trainable import check_trainer
 from planish.tune import (
-    Teacher,
     cast_parameters,
     check_vocabulary,
     figures_of,
+    planned,
     quantize_in_memory,
     teacher_of,
     tune,
     wants_checkpointing,
+    whole_size,
 )
+
+LOGS = "runs"  # where tensorboard's callback writes
+REQUEST = "request.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,7 @@ class Tuning:
             its run.json names, if not given.
         batch_size: samples in one forward and backward pass; the recipe's own batch_size is that of a step.
         checkpointing: recompute blocks in the backward pass; by the model's size if not given.
+        lean: train one block at a time, with 8-bit moments, in the least memory; if the GPU's is short, if not given.
         save_every: steps between checkpoints, which lie in a hidden folder beside the output.
         resume: go on from the last of them.
         track: "tensorboard" or "wandb", where installed.
@@ -70,6 +82,7 @@ class Tuning:
     batch_size: int = 4
     seed: int = 0
     checkpointing: bool | None = None
+    lean: bool | None = None
     save_every: int = 0
     resume: bool = False
     track: str = "none"
@@ -112,16 +125,84 @@ def finetune(
     stage = build(recipe, preset, keys).whole
     if stage is None:
         raise PlanishError(f"recipe {recipe!r} trains no whole model; use planish quantize --recipe {recipe}")
+    _check(request)
+    quantized = None if str(model).endswith(".gguf") else QuantizedFolder.open(model)
+    with _work_folder(writer.out) as work:
+        if quantized is None:
+            return _from_float(model, writer, work, recipe, request)
+        return _from_quantized(quantized, writer, work, recipe, stage, request)
+
+
+def _check(request: Tuning) -> None:
+    """Refuse what doesn't depend on the model."""
     if request.track not in TRACKERS:
         raise PlanishError(f"no tracker {request.track!r}; use one of {', '.join(TRACKERS)}")
-    work = writer.out.with_name(f".{writer.out.name}.tune")
-    quantized = None if str(model).endswith(".gguf") else QuantizedFolder.open(model)
-    if quantized is None:
-        manifest = _from_float(model, writer, work, recipe, request)
+    if request.track != "none" and request.track not in get_available_reporting_integrations():
+        raise PlanishError(f"{request.track} isn't installed; pip install {request.track}, or drop --track")
+    check_trainer()
+    if request.batch_size < 1:
+        raise PlanishError(f"a batch size of {request.batch_size}; at least 1 sample at a time is needed")
+    if request.save_every < 0:
+        raise PlanishError(f"a checkpoint every {request.save_every} steps; 0 writes none")
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the output for checkpoints; after a success a tracker's log moves into the output.
+
+    What failed leaves it if there is something in it to go on from.
+
+    Raises:
+        PlanishError: if a checkpoint can't be written.
+    """
+    work = out.with_name(f".{out.name}.tune")
+    try:
+        yield work
+    except (OSError, SafetensorError) as error:
+        if not work.is_dir():
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PlanishError(
+            f"can't keep checkpoints in {work}: {reason}; make room, or delete it to start anew"
+        ) from error
     else:
-        manifest = _from_quantized(quantized, writer, work, recipe, stage, request)
-    shutil.rmtree(work, ignore_errors=True)
-    return manifest
+        if (work / LOGS).is_dir():
+            shutil.move(work / LOGS, out / LOGS)
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        if work.is_dir() and not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _claim(work: Path, request: Tuning, source: Source, recipe: str, examples: Examples) -> None:
+    """Note in the work folder whose checkpoints it holds; empty it first if the run starts anew.
+
+    Raises:
+        PlanishError: if the run is to go on from checkpoints of another request.
+    """
+    if not (request.save_every or request.resume):
+        return
+    files = [Path(source.label)] if source.folder is None else source.folder.glob("*.safetensors")
+    wanted = {
+        "model": fingerprint(files)[:12],
+        "recipe": recipe,
+        "preset": request.preset or "default",
+        "keys": {key: str(value) for key, value in sorted(request.keys.items())},
+        "scheme": request.scheme or "",
+        "seed": request.seed,
+        "data": sha256(torch.cat([examples.ids, examples.labels]))[:12],
+    }
+    theirs = json.loads((work / REQUEST).read_text()) if request.resume and (work / REQUEST).is_file() else wanted
+    for key, value in wanted.items():
+        if theirs[key] != value:
+            raise PlanishError(
+                f"{work} is of another run: {key} was {theirs[key]!r} and is {value!r}; give the same request, or "
+                "start anew without --resume"
+            )
+    if not request.resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    replace(work / REQUEST, wanted)
 
 
 def _setting(request: Tuning, work: Path, base: Setting) -> Setting:
@@ -130,6 +211,7 @@ def _setting(request: Tuning, work: Path, base: Setting) -> Setting:
         folder=work,
         micro_batch=request.batch_size,
         checkpointing=base.checkpointing if request.checkpointing is None else request.checkpointing,
+        lean=request.lean,
         save_every=request.save_every,
         resume=request.resume,
         track=request.track,
@@ -168,6 +250,7 @@ def _from_float(
         stream_dir=directory,
     )  # fmt: skip
     examples = _examples(request, run.tokenizer, resolved.samples, resolved.seqlen, resolved.source.label)
+    _claim(work, request, resolved.source, recipe, examples)
     tuned, figures = quantize_in_memory(run, examples, lambda base: _setting(request, work, base))
     manifest = manifest_of(resolved, run, figures)
     write_model(
@@ -192,10 +275,8 @@ def _from_quantized(
         raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")
     if source.folder is not None and source.folder.resolve() == writer.out:
         raise PlanishError(f"{writer.out} is the model itself; write to another folder")
-    own, about_data = split_preset(recipe, request.preset)
-    samples = about_data.get("samples", SAMPLES) if request.samples is None else request.samples
-    seqlen = about_data.get("seqlen", SEQLEN) if request.seqlen is None else request.seqlen
-    check_seqlen(source.config, seqlen)
+    own, _ = split_preset(recipe, request.preset)
+    samples, seqlen = data_size(recipe, request.preset, request.samples, request.seqlen, source.config)
     before = RunManifest.read(source.folder) if source.folder is not None else None
     theirs = _teacher_source(request, before) if stage.distill > 0 else None
     if theirs is not None:
@@ -203,7 +284,9 @@ def _from_quantized(
     examples = _examples(request, request.tokenizer or source.tokenizer(), samples, seqlen, source.label)
     device = compute_device(request.device)
     dtype = compute_dtype(source.dtype, device)
-    teacher: Teacher | None = None
+    setting = _planned(folder, stage, request, work, device, dtype, seqlen)
+    _claim(work, request, source, recipe, examples)
+    teacher = None
     if theirs is not None:
         teacher = teacher_of(
             theirs,
@@ -215,14 +298,7 @@ def _from_quantized(
             progress=request.progress,
         )
     model = assemble(source, folder.layers(), device, dtype)
-    base = Setting(
-        folder=work,
-        device=device,
-        seed=request.seed,
-        micro_batch=request.batch_size,
-        checkpointing=wants_checkpointing(model, device),
-    )
-    outcome = tune(model, stage, examples.ids, examples.labels, teacher, _setting(request, work, base))
+    outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
     manifest = RunManifest(
         model=source.label,
         recipe=recipe,
@@ -245,6 +321,24 @@ def _from_quantized(
     return manifest
 
 
+def _planned(
+    folder: QuantizedFolder,
+    stage: EndToEnd,
+    request: Tuning,
+    work: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    seqlen: int,
+) -> Setting:
+    """How the whole of a quantized folder trains; refused here if it can't, before the teacher's work."""
+    size = whole_size(folder.source.skeleton(), folder.schemes, stage, dtype)
+    checkpointing = wants_checkpointing(size, device)
+    base = Setting(
+        folder=work, device=device, seed=request.seed, micro_batch=request.batch_size, checkpointing=checkpointing
+    )
+    return planned(_setting(request, work, base), size, stage, seqlen)
+
+
 def _teacher_source(request: Tuning, before: RunManifest | None) -> Source:
     """The float model to distil from.
 
@@ -255,8 +349,9 @@ def _teacher_source(request: Tuning, before: RunManifest | None) -> Source:
         return open_source(request.teacher)
     if before is None:
         raise PlanishError("distillation needs the float model; name it with --teacher, or give distill=0")
-    label = before.model
-    while Path(label).is_dir() and (earlier := RunManifest.read(Path(label))):
+    label, seen = before.model, set[str]()
+    while label not in seen and Path(label).is_dir() and (earlier := RunManifest.read(Path(label))):
+        seen.add(label)  # folders that were overwritten may name each other
         label = earlier.model
     try:
         return open_source(label)

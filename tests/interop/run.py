@@ -2,10 +2,11 @@
 
     python tests/interop/run.py MODEL [--environments DIR] [--results FILE] [--only TEXT]
 
-For each case: MODEL is rounded to nearest (min/max), written in a format, loaded on the CPU by a client in
-an environment of its own, and the client's logits for a fixed prompt are compared with ours (nn.Linear
-with the dequantized weights, same dtype): norm of the difference over norm, at most 1e-2. Environments are
-made on the first run (a few minutes; torch is installed first, from where pip finds it) and used again.
+For each case: MODEL is quantized into a format, rounded to nearest or by a few steps of a method that trains,
+loaded on the CPU by a client in an environment of its own, and the client's logits for a fixed prompt are
+compared with ours (nn.Linear with the dequantized weights, same dtype): norm of the difference over norm, at
+most 1e-2. Environments are made on the first run (a few minutes; torch is installed first, from where pip finds
+it) and used again.
 Results are written as JSON; exit status 1 if a case that could be run differs.
 """
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from planish.checkpoint import CheckpointWriter
-from planish.formats import FORMATS, verify
+import planish
+from planish.folder import QuantizedFolder
 from planish.qtensor import QTensor
-from planish.quant import Quantizer
-from planish.scheme import Scheme, SchemeMap
 
 TOLERANCE = 1e-2
 PROMPT = "A smith who planishes a sheet of metal strikes it many times, lightly, so that"
@@ -78,11 +77,13 @@ class Case:
     dtype: str = "float16"
     through: str | None = None
     layers: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = ()
+    recipe: str = "rtn"
+    keys: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        extra = " ".join(["", *self.layers, *(f"-{pattern}" for pattern in self.ignore if pattern != "lm_head")])
-        return f"{self.format} {self.scheme}{extra} by {self.client} ({self.route}, {self.dtype})"
+        extra = " ".join(["", *self.layers, *(f"-{pattern}" for pattern in self.ignore)])
+        return f"{self.recipe} {self.format} {self.scheme}{extra} by {self.client} ({self.route}, {self.dtype})"
 
 
 CASES = [
@@ -90,13 +91,18 @@ CASES = [
       for scheme in ("w4g64", "w3g64", "w2g64", "w4g64asym", "w3g64asym", "w2g64asym", "w8g64", "w4pc")),
     Case("auto_round", "w3g64asym", "auto-round", "transformers", "bfloat16", through="float16"),
     Case("auto_round", "w2g64", "auto-round", "transformers", layers=("down_proj=w4g32",),
-         ignore=("lm_head", "k_proj")),
+         ignore=("k_proj",)),
+    Case("auto_round", "w2g64", "auto-round", "transformers", recipe="signround", keys={"steps": 3}),
+    Case("auto_round", "w3g64asym", "auto-round", "transformers", recipe="signround", keys={"steps": 3}),
+    Case("auto_round", "w2g64asym", "auto-round", "transformers", recipe="efficientqat",
+         keys={"epochs": 1.0, "e2e_epochs": 1.0, "norm_rate": 1e-3}),
+    Case("gptq", "w4g64", "gptqmodel", "transformers", recipe="signround", keys={"steps": 3}),
     Case("gptq", "w4g64", "auto-round", "auto-round-config"),
     Case("gptq", "w4g64", "gptqmodel", "gptqmodel"),
     Case("gptq", "w4g64", "gptqmodel", "transformers"),
     Case("gptq", "w3g64", "gptqmodel", "transformers"),
-    Case("gptq", "w2g64", "gptqmodel", "transformers", ignore=("lm_head", "v_proj")),
-    Case("gptq", "w2g64", "gptqmodel", "gptqmodel", ignore=("lm_head", "v_proj")),
+    Case("gptq", "w2g64", "gptqmodel", "transformers", ignore=("v_proj",)),
+    Case("gptq", "w2g64", "gptqmodel", "gptqmodel", ignore=("v_proj",)),
     Case("gptq_v2", "w4g64asym", "gptqmodel", "gptqmodel"),
     Case("gptq_v2", "w2g64asym", "gptqmodel", "transformers"),
 ]  # fmt: skip
@@ -132,35 +138,28 @@ def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(names, result.stdout.split(), strict=True))
 
 
-def quantize(model: nn.Module, schemes: dict[str, Scheme]) -> dict[str, QTensor]:
-    """Round every named linear to nearest."""
-    weights = {name: model.get_submodule(name).weight.detach() for name in schemes}
-    return {name: Quantizer(weights[name], scheme).quantize(weights[name]) for name, scheme in schemes.items()}
+def write(case: Case, source: str, out: Path) -> tuple[dict[str, QTensor], dict[str, Tensor]]:
+    """Quantize the model into a folder; what was quantized, and the norms, which a method may have trained."""
+    planish.quantize_to(
+        source,
+        out,
+        case.recipe,
+        case.scheme,
+        format=case.format,
+        layers=case.layers,
+        ignore=case.ignore,
+        samples=4,
+        seqlen=64,
+        device="cpu",
+        **case.keys,
+    )
+    folder = QuantizedFolder.open(out)
+    assert folder is not None
+    norms = {name: folder.source.get(name) for name in folder.source.names() if name.endswith("norm.weight")}
+    return dict(folder.layers()), norms
 
 
-def write(case: Case, model: nn.Module, source: Path, out: Path) -> dict[str, QTensor]:
-    """Write the model's checkpoint in the case's format; what was quantized."""
-    shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = SchemeMap.parse(case.scheme, case.layers, case.ignore).resolve(shapes)
-    schemes = {name: chosen.get(name) for name in shapes}
-    known = FORMATS[case.format]
-    verify(known, schemes, shapes)
-    quantized = quantize(model, chosen)
-    config = model.config.to_dict() | {"dtype": case.dtype, "quantization_config": known.config(schemes)}
-    with CheckpointWriter(out) as writer:
-        for name, tensor in model.state_dict().items():
-            layer = name.removesuffix(".weight")
-            if layer in quantized:
-                for key, packed in known.encode(layer, quantized[layer]).items():
-                    writer.add(key, packed)
-            elif not (layer == "lm_head" and model.config.tie_word_embeddings):
-                writer.add(name, tensor)
-        files = [source / name for name in ("tokenizer.json", "tokenizer_config.json")]
-        writer.finish(config, {file.name: file for file in files if file.exists()})
-    return quantized
-
-
-def logits_of(model: nn.Module, quantized: dict[str, QTensor], ids: list[int], through: str | None) -> Tensor:
+def logits_of(model: nn.Module, quantized: dict[str, QTensor], ids: list[int], through: str | None = None) -> Tensor:
     """Our own logits [tokens, vocabulary]: plain linears with the dequantized weights."""
     for name, q in quantized.items():
         linear = model.get_submodule(name)
@@ -191,11 +190,13 @@ def run(case: Case, source: str, python: Path) -> dict[str, Any]:
     dtype = getattr(torch, case.dtype)
     ids = AutoTokenizer.from_pretrained(source)(PROMPT)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    plain = logits_of(model, {}, ids, None)
+    plain = logits_of(model, {}, ids)
     with tempfile.TemporaryDirectory() as scratch:
-        quantized = write(case, model, Path(source), Path(scratch) / "model")
+        quantized, norms = write(case, source, Path(scratch) / "model")
+        for name, norm in norms.items():
+            model.get_parameter(name).data.copy_(norm)
         ours = logits_of(model, quantized, ids, case.through)
-        once = logits_of(model, quantized, ids, None)
+        once = logits_of(model, quantized, ids)
         try:
             logits, said = theirs(python, case, Path(scratch) / "model", ids)
         except RuntimeError as error:
@@ -244,8 +245,12 @@ def main() -> int:
         results.append({"case": asdict(case), **figures, "passed": passed(figures)})
         outcome = figures.get("error") or f"{figures['relative']:.1e}"
         print(f"{'ok  ' if passed(figures) else 'FAIL'} {outcome} {case}", flush=True)
-    heading = {"command": "python tests/interop/run.py MODEL", "model": Path(asked.model).name,
-               "date": str(date.today()), "tolerance": TOLERANCE}
+    heading = {
+        "command": "python tests/interop/run.py MODEL",
+        "model": Path(asked.model).name,
+        "date": str(date.today()),
+        "tolerance": TOLERANCE,
+    }
     asked.results.parent.mkdir(parents=True, exist_ok=True)
     asked.results.write_text(json.dumps({**heading, **report, "results": results}, indent=1) + "\n")
     failed = sum(not result["passed"] for result in results)

@@ -58,6 +58,48 @@ def test_signround_defaults_and_presets() -> None:
     assert split_preset("signround", "best")[1] == {"samples": 512}
 
 
+def test_block_ap_starts_searched_and_paper_is_the_publications() -> None:
+    (stage,) = build("block_ap").stages
+    assert stage.importance and fit_of(build("block_ap")).rates.keys() == {"weight", "range.scale", "range.zero"}
+    assert "norm" in fit_of(build("block_ap", None, {"norm_rate": 1e-5})).rates
+    fit = fit_of(build("block_ap", "paper"))
+    assert fit.rates == {"weight": 2e-5, "range.scale": 1e-4, "range.zero": 1e-4, "norm": 2e-5}
+    assert (fit.optimizer, fit.batch_size, fit.epochs, fit.span, fit.trim) == ("adamw", 2, 2, 1, 0)
+    assert split_preset("block_ap", "paper")[1] == {"samples": 4096}
+
+
+def test_e2e_qp_trains_scales_and_zero_points_by_a_switch() -> None:
+    recipe = build("e2e_qp")
+    assert recipe.blocks == () and recipe.needs_data and recipe.whole is not None
+    assert recipe.whole.rates.keys() == {"scale"} and recipe.whole.distill == 0 and recipe.whole.relative
+    assert build("e2e_qp", None, {"zero_rate": "0.01"}).whole.rates["zero"] == 0.01  # type: ignore[union-attr]
+    paper = build("e2e_qp", "paper").whole
+    assert paper is not None and (paper.rates, paper.relative, paper.batch_size) == ({"scale": 2e-5}, False, 32)
+    assert (paper.epochs, paper.steps_on(4096)) == (1, 128)
+    assert split_preset("e2e_qp", "paper")[1] == {"samples": 4096, "seqlen": 4096}
+
+
+@pytest.mark.parametrize("preset", PRESETS["efficientqat"])
+def test_efficientqat_is_block_ap_and_then_e2e_qp(preset: str) -> None:
+    recipe = build("efficientqat", preset)
+    (blocks,), whole = recipe.blocks, recipe.whole
+    assert recipe.stages == (blocks, whole) and (blocks.name, whole.name) == ("block_ap", "e2e_qp")  # type: ignore[union-attr]
+    assert build("efficientqat", preset, {"e2e_rate": 0.5}).whole.rates == {"scale": 0.5}  # type: ignore[union-attr]
+    assert build("efficientqat", preset, {"rate": 0.5}).blocks[0].fit.rates["weight"] == 0.5  # type: ignore[union-attr]
+    if preset == "paper":
+        alone = build("block_ap", "paper").blocks[0]
+        assert blocks.fit == alone.fit and whole.rates == build("e2e_qp", "paper").whole.rates  # type: ignore[union-attr]
+
+
+def test_steps_follow_epochs_and_samples() -> None:
+    whole = build("e2e_qp", None, {"epochs": 2, "batch_size": 8}).whole
+    assert whole is not None and [whole.steps_on(count) for count in (1, 8, 100)] == [2, 2, 25]
+    given = build("e2e_qp", None, {"epochs": 2, "steps": 7}).whole
+    assert given is not None and given.steps_on(100) == 7
+    fewer = [build("e2e_qp").whole.steps_on(count) / count for count in (64, 1024, 4096)]  # type: ignore[union-attr]
+    assert fewer[0] > fewer[1] >= fewer[2], "more passes over fewer samples"
+
+
 def test_keys_win_over_the_preset_and_the_rate_follows_the_steps() -> None:
     assert fit_of(build("signround", "fast", {"steps": 100})).rates["rounding"] == pytest.approx(0.02)
     assert fit_of(build("signround", "fast")).rates["rounding"] == pytest.approx(0.05)
@@ -105,6 +147,16 @@ def test_values_that_have_their_type_pass_through() -> None:
         ("signround", None, {"trim": "2"}, "trim=2.0 isn't a share"),
         ("signround", None, {"steps": "0"}, "steps, batch size, holdout, checks and span must be 1 or more"),
         ("signround", None, {"span": -1}, "must be 1 or more"),
+        ("block_ap", None, {"rate": 0}, "the learning rate of weight is 0; it must be above 0"),
+        ("e2e_qp", None, {"rate": "0"}, "the learning rate of scale is 0.0; it must be above 0"),
+        ("e2e_qp", None, {"rate": "nan"}, "the learning rate of scale is nan; it must be above 0"),
+        ("e2e_qp", None, {"zero_rate": -1}, "the learning rate of zero is -1; it must be above 0"),
+        ("e2e_qp", None, {"distill": 2}, "distill=2 isn't a share; 0 is cross-entropy alone, 1 distillation alone"),
+        ("e2e_qp", None, {"temperature": 0}, "temperature and clip must be above 0, warmup a share below 1"),
+        ("e2e_qp", None, {"warmup": 1}, "temperature and clip must be above 0, warmup a share below 1"),
+        ("e2e_qp", None, {"steps": 0}, "must be 1 or more"),
+        ("efficientqat", None, {"e2e_rate": 0}, "the learning rate of scale is 0; it must be above 0"),
+        ("efficientqat", None, {"e2e_rates": 1}, "recipe 'efficientqat' has no key 'e2e_rates': did you mean 'e2e_"),
     ],
 )
 def test_refusals(name: str, preset: str | None, keys: dict, said: str) -> None:

@@ -26,6 +26,11 @@ from planish.quant import Quantizer
 TARGETS = ("float", "quantized")
 NORM = "norm"
 FLOOR = 1 / 20  # of the cosine, as EfficientQAT has it
+# windows that are passed over, where epochs aren't given: between twice (4096 and more) and eight times (256 and less)
+PASSED, FEWEST, MOST = 2048, 2.0, 8.0
+# a rate that isn't given is this over the root of the steps: 0.0045 of a grid step in 250 steps, 0.0011 in 4096,
+# which is what EfficientQAT's 2e-5 comes to
+RATE = 0.07
 # below this many weights a step is short and compiling doesn't pay
 COMPILE_WEIGHTS = 50_000_000
 
@@ -48,10 +53,11 @@ class Reconstruct:
     """How a block is fitted.
 
     Args:
-        steps: optimizer steps a span; None has as many as `epochs` passes over the samples take.
+        steps: optimizer steps a span; None has as many as `epochs` passes over the samples take, and
+        epochs: None has the more of them, the fewer samples there are.
         batch_size: samples a step.
         rates: slot (or "range.zero", one parameter of it, or "norm", the norms of the blocks) -> learning rate
-            at step 0. What isn't named stays as it is.
+            at step 0, None for one by the number of steps. What isn't named stays as it is.
         schedule: the rate falls "linear" to 0, or as half a "cosine" to FLOOR of it.
         optimizer: name in `fit.optim.OPTIMIZERS`.
         target: "float" prefix (the field's default) or "quantized": the float block on the quantized stream.
@@ -64,9 +70,9 @@ class Reconstruct:
     """
 
     steps: int | None = 200
-    epochs: float = 2.0
+    epochs: float | None = None
     batch_size: int = 8
-    rates: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float | None] = field(default_factory=dict)
     optimizer: str = "signsgd"
     schedule: str = "linear"
     target: str = "float"
@@ -83,20 +89,27 @@ class Reconstruct:
             raise PlanishError(f"optimizer={self.optimizer!r}: {nearest(self.optimizer, OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise PlanishError(f"schedule={self.schedule!r}: {nearest(self.schedule, SCHEDULES)}")
-        if not all(math.isfinite(rate) and rate > 0 for rate in self.rates.values()):
-            slot = next(slot for slot, rate in self.rates.items() if not (math.isfinite(rate) and rate > 0))
-            raise PlanishError(f"the learning rate of {slot} is {self.rates[slot]}; it must be above 0")
+        for slot, rate in self.rates.items():
+            if rate is not None and not (math.isfinite(rate) and rate > 0):
+                raise PlanishError(f"the learning rate of {slot} is {rate}; it must be above 0")
         if not 0 <= self.trim < 1:
             raise PlanishError(f"trim={self.trim} isn't a share; give 0 to leave nothing out, or such as 0.003")
         steps = 1 if self.steps is None else self.steps
-        if min(steps, self.batch_size, self.holdout, self.checks, self.span) < 1 or self.epochs <= 0:
-            raise PlanishError("steps, epochs, batch size, holdout, checks and span must be 1 or more")
+        if min(steps, self.batch_size, self.holdout, self.checks, self.span) < 1:
+            raise PlanishError("steps, batch size, holdout, checks and span must be 1 or more")
+        if self.epochs is not None and self.epochs <= 0:
+            raise PlanishError(f"epochs={self.epochs}; give more than 0")
 
     def steps_on(self, samples: int) -> int:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        return max(1, round(self.epochs * samples / min(self.batch_size, samples)))
+        epochs = min(MOST, max(FEWEST, PASSED / samples)) if self.epochs is None else self.epochs
+        return max(1, round(epochs * samples / min(self.batch_size, samples)))
+
+    def rates_in(self, steps: int) -> dict[str, float]:
+        """The rate of each slot in a fit of so many steps."""
+        return {slot: RATE / math.sqrt(steps) if rate is None else rate for slot, rate in self.rates.items()}
 
     def compiled(self, device: torch.device, weights: int) -> bool:
         """Is a span with so many weights to be compiled?"""
@@ -186,22 +199,23 @@ def reconstruct(
         seed: of the order of samples.
         norms: trainable parameters of the span's norms, for the rate named "norm".
     """
-    groups = slot_groups(quantizers, fit.rates, norms)
+    samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
+    steps = fit.steps_on(len(samples.rest))
+    groups = slot_groups(quantizers, fit.rates_in(steps), norms)
     measure = functools.partial(trimmed, share=fit.trim) if fit.trim else squared
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
         return measure(run(hidden), target)
 
-    samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
     held = functools.partial(_held_out_loss, loss, inputs, targets, samples.held_out, device, micro_batch)
     before = held()
     if not groups:
         return Outcome(before=before, after=before)
     best = Best([p for params, _ in groups for p in params], before)
-    batches = [samples.next() for _ in range(fit.steps_on(len(samples.rest)))]
+    batches = [samples.next() for _ in range(steps)]
     make_step = functools.partial(Step, loss, groups, OPTIMIZERS[fit.optimizer], micro_batch=micro_batch)
     with Feed((inputs, targets), batches, device) as feed:
-        notes = _descend(fit, feed, len(batches), make_step, held, best)
+        notes = _descend(fit, feed, steps, make_step, held, best)
     best.restore()
     return Outcome(before=before, after=best.loss, notes=tuple(notes))
 

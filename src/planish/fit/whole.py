@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from planish.errors import PlanishError
 
-SLOTS = ("scale", "zero")
+# windows that are passed over, where epochs aren't given: between once (1024 and more) and eight times (128 and less)
+PASSED, FEWEST, MOST = 1024, 1.0, 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class EndToEnd:
             else in the weights' own units, as published.
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
         temperature: of the distillation.
-        steps: optimizer steps; None has as many as `epochs` passes over the samples take.
+        steps: optimizer steps; None has as many as `epochs` passes over the samples take, and
+        epochs: None has the more of them, the fewer samples there are.
         batch_size: samples a step.
         warmup: share of the steps in which the rate rises. Then it falls as half a cosine to 0.
         clip: largest norm of all gradients together.
@@ -41,7 +43,7 @@ class EndToEnd:
     distill: float = 0.0
     temperature: float = 1.0
     steps: int | None = None
-    epochs: float = 1.0
+    epochs: float | None = None
     batch_size: int = 8
     warmup: float = 0.03
     clip: float = 0.3
@@ -58,8 +60,10 @@ class EndToEnd:
         if self.temperature <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1:
             raise PlanishError("temperature and clip must be above 0, warmup a share below 1")
         steps = 1 if self.steps is None else self.steps
-        if min(steps, self.batch_size, self.holdout, self.checks) < 1 or self.epochs <= 0:
-            raise PlanishError("steps, epochs, batch size, holdout and checks must be 1 or more")
+        if min(steps, self.batch_size, self.holdout, self.checks) < 1:
+            raise PlanishError("steps, batch size, holdout and checks must be 1 or more")
+        if self.epochs is not None and self.epochs <= 0:
+            raise PlanishError(f"epochs={self.epochs}; give more than 0")
 
     @property
     def needs_data(self) -> bool:
@@ -69,4 +73,5 @@ class EndToEnd:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        return max(1, round(self.epochs * samples / min(self.batch_size, samples)))
+        epochs = min(MOST, max(FEWEST, PASSED / samples)) if self.epochs is None else self.epochs
+        return max(1, round(epochs * samples / min(self.batch_size, samples)))

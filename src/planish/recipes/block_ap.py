@@ -38,18 +38,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 def block_ap(
     *,
     steps: int | None = None,
-    epochs: float = 2.0,
-    rate: float = 2e-4,
+    epochs: float | None = None,
+    rate: float | None = None,
     range_rate: float = 2e-3,
     zero_rate: float = 1e-2,
     norm_rate: float = 0.0,
     relative: bool = True,
     search: bool = True,
     trim: float = 0.003,
-    target: str = "float",
     span: int = 3,
     holdout: int = 8,
-    batch_size: int = 8,
+    batch_size: int = 4,
     compile: bool | None = None,
 ) -> Recipe:
     """Weights, scales and zero points of a few blocks trained at once by AdamW.
@@ -58,28 +57,27 @@ def block_ap(
 
     Args:
         steps: optimizer steps a span; by the epochs if not given.
-        epochs: passes over the samples.
-        rate: learning rate of W at step 0, in grid steps; it falls as half a cosine to a twentieth.
+        epochs: passes over the samples; if not given 2 where there are 1024 and more, up to 8 for fewer.
+        rate: learning rate of W at step 0, in grid steps; 0.07 over the root of the steps if not given. It falls as
+            half a cosine to a twentieth.
         range_rate: learning rate of s, in units of each matrix's mean |s|.
         zero_rate: learning rate of z, in levels; asymmetric schemes only.
         norm_rate: learning rate of the blocks' norms; 0 leaves them as they are.
         relative: False has both in the weight's own units, as published.
         search: start from the range that loses least; else from min/max, as published.
         trim: share of elements with the largest errors left out of the loss.
-        target: "float" (the blocks on the float prefix) or "quantized" (on the quantized prefix).
         span: consecutive blocks fitted together.
         holdout: samples held out to choose the state that is kept.
         batch_size: samples a step.
         compile: fuse the blocks' elementwise work by torch.compile; by the model's size if not given.
     """
-    rates = {"weight": rate, "range.scale": range_rate, "range.zero": zero_rate}
+    rates: dict[str, float | None] = {"weight": rate, "range.scale": range_rate, "range.zero": zero_rate}
     fit = Reconstruct(
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
         optimizer="adamw",
         schedule="cosine",
-        target=target,
         trim=trim,
         holdout=holdout,
         span=span,

@@ -34,7 +34,7 @@ def e2e_qp(
     distill: float = 0.0,
     temperature: float = 1.0,
     steps: int | None = None,
-    epochs: float = 4.0,
+    epochs: float | None = None,
     batch_size: int = 8,
     warmup: float = 0.03,
     clip: float = 0.3,
@@ -51,7 +51,7 @@ def e2e_qp(
         distill: share of distillation from the float model in the loss; 0 is cross-entropy alone.
         temperature: of the distillation.
         steps: optimizer steps; by the epochs if not given.
-        epochs: passes over the samples.
+        epochs: passes over the samples; if not given 1 where there are 1024 and more, up to 8 for fewer.
         batch_size: samples a step.
         warmup: share of the steps in which the rate rises; then it falls as half a cosine.
         clip: largest norm of all gradients together.
