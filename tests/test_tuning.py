@@ -498,3 +498,10 @@ def test_without_accelerate_it_says_so(q2: Path, tmp_path: Path, text: str, monk
     monkeypatch.setattr(planish.trainable, "is_accelerate_available", lambda: False)
     with pytest.raises(PlanishError, match=r"needs accelerate; pip install 'planish\[finetune\]'"):
         finetune(q2, tmp_path / "out", data=text, **QUICK)
+
+
+def test_a_recipe_that_quantizes_refuses_a_quantized_folder(q2: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(
+        PlanishError, match="is quantized already, and efficientqat begins with a float model; use --re"
+    ):
+        finetune(q2, tmp_path / "out", "efficientqat", data=text, **QUICK)

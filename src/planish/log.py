@@ -72,9 +72,11 @@ class RunManifest:
 
     @classmethod
     def read(cls, folder: Path) -> "RunManifest | None":
-        """The manifest in a folder, or None if it has none."""
-        path = folder / "run.json"
-        return cls(**json.loads(path.read_text())) if path.is_file() else None
+        """The manifest in a folder, or None if it has none; another tool's run.json is none."""
+        try:
+            return cls(**json.loads((folder / "run.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
 
 def versions() -> dict[str, str]:

@@ -54,7 +54,7 @@ def prepare(
     built = build(recipe, preset, keys)
     model.requires_grad_(False)
     if packed_layers(model) or (built.whole is not None and not built.blocks):
-        if built.whole is None:
+        if built.whole is None or built.blocks:
             raise PlanishError(f"the model is quantized already, and {recipe} quantizes; give the 16-bit original")
         free_slots(model, built.whole)
         return model

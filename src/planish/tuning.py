@@ -122,11 +122,14 @@ def finetune(
     request = Tuning(
         scheme=scheme, preset=preset, keys=keys, **{key: value for key, value in options.items() if key in known}
     )
-    stage = build(recipe, preset, keys).whole
+    built = build(recipe, preset, keys)
+    stage = built.whole
     if stage is None:
         raise PlanishError(f"recipe {recipe!r} trains no whole model; use planish quantize --recipe {recipe}")
     _check(request)
     quantized = None if str(model).endswith(".gguf") else QuantizedFolder.open(model)
+    if quantized is not None and built.blocks:
+        raise PlanishError(f"{model} is quantized already, and {recipe} begins with a float model; use --recipe e2e_qp")
     with _work_folder(writer.out) as work:
         if quantized is None:
             return _from_float(model, writer, work, recipe, request)
