@@ -243,7 +243,7 @@ def save(
     packed, shapes = packed_layers(model), block_shapes(model)
     if not packed:
         raise PlanishError("the model has no quantized layer; use save_pretrained() for a 16-bit one")
-    schemes = {name: packed[name].qtensor().scheme if name in packed else None for name in shapes}
+    schemes = {name: packed[name].scheme if name in packed else None for name in shapes}
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
     chosen = choose(schemes, shapes) if format == "auto" else FORMATS[format]

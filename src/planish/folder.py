@@ -142,7 +142,7 @@ def write_model(
         PlanishError: if the format can't hold a layer, the disk is full, or something is read back different.
     """
     packed, spell = packed_layers(model), disk_speller(model)
-    schemes = {name: packed[name].qtensor().scheme if name in packed else None for name in block_shapes(model)}
+    schemes = {name: packed[name].scheme if name in packed else None for name in block_shapes(model)}
     digests = {}
     with writer:
         for name, module in packed.items():

@@ -33,6 +33,7 @@ from planish.fit.whole import EndToEnd
 from planish.folder import assemble
 from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
+from planish.kernels.pack import Packed
 from planish.log import Event, Progress, peak_bytes
 from planish.plan import WholeSize, gpu_memory, host_memory, measure_room, plan_streams, plan_whole
 from planish.qtensor import QTensor
@@ -291,11 +292,15 @@ def quantize_in_memory(
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
 
 
-def _blocks(run: Run) -> tuple[dict[str, QTensor], dict[str, Tensor], dict[str, Any]]:
+def _blocks(run: Run) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:
     """The stages that go through the blocks: packed layers, tensors that were trained besides, figures."""
-    layers: dict[str, QTensor] = {}
+    layers: dict[str, Packed] = {}
     trained: dict[str, Tensor] = {}
-    figures = run.execute(lambda name, quantized: layers.update({name: quantized.to("cpu")}), trained.__setitem__)
+
+    def sink(name: str, quantized: QTensor) -> None:
+        layers[name] = Packed.from_qtensor(quantized.to("cpu"))
+
+    figures = run.execute(sink, trained.__setitem__)
     return layers, trained, figures
 
 
@@ -322,8 +327,9 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def _assembled(run: Run, layers: dict[str, QTensor], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model = assemble(run.source, layers.items(), run.device, dtype)
+def _assembled(run: Run, layers: dict[str, Packed], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    found = ((name, weight.qtensor()) for name, weight in layers.items())
+    model = assemble(run.source, found, run.device, dtype)
     for name, tensor in trained.items():
         model.get_parameter(name).data.copy_(tensor)
     return model

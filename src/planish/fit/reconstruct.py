@@ -26,7 +26,7 @@ from planish.quant import Quantizer
 TARGETS = ("float", "quantized")
 NORM = "norm"
 FLOOR = 1 / 20  # of the cosine, as EfficientQAT has it
-# windows that are passed over, where epochs aren't given: between twice (4096 and more) and eight times (256 and less)
+# epochs that aren't given: as many as pass over PASSED windows, but no fewer and no more than these
 PASSED, FEWEST, MOST = 2048, 2.0, 8.0
 # a rate that isn't given is this over the root of the steps: 0.0045 of a grid step in 250 steps, 0.0011 in 4096,
 # which is what EfficientQAT's 2e-5 comes to
@@ -46,6 +46,12 @@ def cosine(share: float) -> float:
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine}
+
+
+def steps_for(samples: int, batch_size: int, epochs: float | None, *, passed: int, fewest: float) -> int:
+    """Optimizer steps of so many epochs; if None, of those that pass over `passed` windows, `fewest` to MOST times."""
+    times = min(MOST, max(fewest, passed / samples)) if epochs is None else epochs
+    return max(1, round(times * samples / min(batch_size, samples)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +110,7 @@ class Reconstruct:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        epochs = min(MOST, max(FEWEST, PASSED / samples)) if self.epochs is None else self.epochs
-        return max(1, round(epochs * samples / min(self.batch_size, samples)))
+        return steps_for(samples, self.batch_size, self.epochs, passed=PASSED, fewest=FEWEST)
 
     def rates_in(self, steps: int) -> dict[str, float]:
         """The rate of each slot in a fit of so many steps."""

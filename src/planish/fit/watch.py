@@ -7,6 +7,7 @@ back to it. It lies in host memory. Checkpoints are safetensors and JSON and nam
 nothing of how a step is made.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,13 +110,13 @@ class Watch:
         self.stage, self.setting = stage, setting
         self.steps, self.micro = steps, micro
         self.every = max(1, steps // stage.checks)
+        how = json.loads(json.dumps(dataclasses.asdict(stage)))  # as a checkpoint's JSON gives it back
         self.identity = {
-            "stage": stage.name,
-            "rates": dict(stage.rates),
+            "stage": how.pop("name"),
+            **how,
             "steps": steps,
             "seed": setting.seed,
-            "batch_size": stage.batch_size,
-            "distill": stage.distill,
+            "micro_batch": micro,
             "data": sha256(windows.ids),
             "lean": bool(setting.lean),
         }

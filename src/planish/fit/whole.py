@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from planish.errors import PlanishError
+from planish.fit.reconstruct import steps_for
 
-# windows that are passed over, where epochs aren't given: between once (1024 and more) and eight times (128 and less)
-PASSED, FEWEST, MOST = 1024, 1.0, 8.0
+# epochs that aren't given: as many as pass over PASSED windows, but no fewer than this
+PASSED, FEWEST = 1024, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,5 +74,4 @@ class EndToEnd:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        epochs = min(MOST, max(FEWEST, PASSED / samples)) if self.epochs is None else self.epochs
-        return max(1, round(epochs * samples / min(self.batch_size, samples)))
+        return steps_for(samples, self.batch_size, self.epochs, passed=PASSED, fewest=FEWEST)

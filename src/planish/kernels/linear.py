@@ -18,6 +18,7 @@ from planish.errors import PlanishError, nearest
 from planish.kernels import choose, train
 from planish.kernels.pack import Packed
 from planish.qtensor import QTensor, store
+from planish.scheme import Scheme
 
 SLOTS = ("scale", "zero")
 
@@ -98,6 +99,12 @@ class PackedLinear(nn.Module):
             delattr(self, slot)
             self.register_buffer(slot, getattr(weight, slot))
         self._cache = {}
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored, as of `QTensor.scheme`; nothing is unpacked."""
+        whole = self.group_size == self.in_features
+        return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.zero is None)
 
     @property
     def packed(self) -> Packed:

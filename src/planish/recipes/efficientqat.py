@@ -31,6 +31,7 @@ def efficientqat(
     batch_size: int = 4,
     e2e_epochs: float | None = None,
     e2e_rate: float = 2e-3,
+    e2e_zero_rate: float = 0.0,
     e2e_batch_size: int = 8,
     distill: float = 1.0,
 ) -> Recipe:
@@ -51,6 +52,7 @@ def efficientqat(
         batch_size: samples a step in Block-AP.
         e2e_epochs: passes over the samples in E2E-QP; by their number if not given.
         e2e_rate: peak learning rate of s in E2E-QP, in units of each matrix's mean |s|.
+        e2e_zero_rate: peak learning rate of z in E2E-QP, in levels; 0 leaves it as it is.
         e2e_batch_size: samples a step in E2E-QP.
         distill: share of distillation from the float model in E2E-QP's loss; 0 is cross-entropy alone.
     """
@@ -67,9 +69,10 @@ def efficientqat(
         batch_size=batch_size,
     )
     second = e2e_qp(
-        epochs=e2e_epochs,
         rate=e2e_rate,
+        zero_rate=e2e_zero_rate,
         relative=relative,
+        epochs=e2e_epochs,
         batch_size=e2e_batch_size,
         distill=distill,
     )
