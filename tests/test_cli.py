@@ -8,6 +8,7 @@ import types
 import pytest
 
 from planish import cli
+from planish.cli import make, show
 from planish.errors import PlanishError
 from planish.log import Event
 
@@ -39,8 +40,20 @@ def text(tmp_path):
 
 def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
     model, out = tiny_llama(), tmp_path / "out" / "q4"
-    made = planish("quantize", model, "steps=2", "--out", out, "--data", text, *QUICK,
-                   "--ignore", "layers.0.*o_proj", "--layers", "down_proj=w8g64")
+    made = planish(
+        "quantize",
+        model,
+        "steps=2",
+        "--out",
+        out,
+        "--data",
+        text,
+        *QUICK,
+        "--ignore",
+        "layers.0.*o_proj",
+        "--layers",
+        "down_proj=w8g64",
+    )
     assert made.status == 0, made.err
     assert "13 of 14 linears" in made.out and "bits a weight with embeddings" in made.out
     assert "signround   2/2   loss " in made.out and " left   peak " in made.out
@@ -65,8 +78,9 @@ def test_info_of_a_model_that_is_not_quantized(planish, tiny_llama):
 
 def test_a_recipe_of_the_users_own(planish, tiny_llama, tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("from planish.recipes.rtn import rtn\n\ndef mine(*, search: bool = False):\n"
-                    "    return rtn(search=search)\n")
+    mine.write_text(
+        "from planish.recipes.rtn import rtn\n\ndef mine(*, search: bool = False):\n    return rtn(search=search)\n"
+    )
     out = tmp_path / "out"
     made = planish("quantize", tiny_llama(), "--recipe", f"{mine}:mine", "--out", out, *QUICK)
     assert made.status == 0, made.err
@@ -76,29 +90,33 @@ def test_a_recipe_of_the_users_own(planish, tiny_llama, tmp_path):
 def test_fewer_windows_are_said(planish, tiny_llama, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x" * 100)
-    made = planish("quantize", tiny_llama(), "steps=1", "--out", tmp_path / "q", "--data", short, *QUICK,
-                   "--samples", "50")
+    made = planish(
+        "quantize", tiny_llama(), "steps=1", "--out", tmp_path / "q", "--data", short, *QUICK, "--samples", "50"
+    )
     assert made.status == 0, made.err
     assert "short.txt holds 6 windows of 16 tokens, not 50: using 6" in made.out
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("--recipe", "signrond"), "no recipe 'signrond': did you mean 'signround'?"),
-    (("stepps=3",), "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
-    (("steps=many",), "steps='many' isn't a number"),
-    (("steps",), "'steps' isn't KEY=VALUE; write a recipe's key as steps=100"),
-    (("samples=3",), "'samples=3': samples is an option; write --samples 3"),
-    (("--preset", "fats"), "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
-    (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
-    (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
-    (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 8"),
-    (("--scheme", "w4g256"), "group size 256 is larger than its 64 inputs"),
-    (("--format", "gguff"), "no format 'gguff'"),
-    (("--layers", "nothing=w4g32"), "'nothing' matches none of the 14 linears"),
-    (("--ignore", "proj", "--scheme", "w4g32"), "no linear is left to quantize; relax --ignore"),
-    (("--data", "missing.txt", "--scheme", "w4g32"), "no such file: missing.txt"),
-    (("--device", "gpu", "--scheme", "w4g32"), "no device 'gpu'; use cpu, cuda or cuda:1"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--recipe", "signrond"), "no recipe 'signrond': did you mean 'signround'?"),
+        (("stepps=3",), "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
+        (("steps=many",), "steps='many' isn't a number"),
+        (("steps",), "'steps' isn't KEY=VALUE; write a recipe's key as steps=100"),
+        (("samples=3",), "'samples=3': samples is an option; write --samples 3"),
+        (("--preset", "fats"), "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
+        (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
+        (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
+        (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 8"),
+        (("--scheme", "w4g256"), "group size 256 is larger than its 64 inputs"),
+        (("--format", "gguff"), "no format 'gguff'"),
+        (("--layers", "nothing=w4g32"), "'nothing' matches none of the 14 linears"),
+        (("--ignore", "proj", "--scheme", "w4g32"), "no linear is left to quantize; relax --ignore"),
+        (("--data", "missing.txt", "--scheme", "w4g32"), "no such file: missing.txt"),
+        (("--device", "gpu", "--scheme", "w4g32"), "no device 'gpu'; use cpu, cuda or cuda:1"),
+    ],
+)
 def test_refusals(planish, tiny_llama, tmp_path, words, message):
     out = tmp_path / "q"
     refused = planish("quantize", tiny_llama(), "--out", out, *words)
@@ -137,11 +155,16 @@ def test_a_folder_without_a_tokenizer(planish, tiny_llama):
 
 
 def test_bits_are_short_for_a_scheme():
-    assert [cli._scheme(None, bits) for bits in (None, 2, 3, 4, 8)] == [
-        "w4g128", "w2g64", "w3g128", "w4g128", "w8g128"]
-    assert cli._scheme("w3g32asym", None) == "w3g32asym"
+    assert [make._scheme(None, bits) for bits in (None, 2, 3, 4, 8)] == [
+        "w4g128",
+        "w2g64",
+        "w3g128",
+        "w4g128",
+        "w8g128",
+    ]
+    assert make._scheme("w3g32asym", None) == "w3g32asym"
     with pytest.raises(PlanishError):
-        cli._scheme("w4", 4)
+        make._scheme("w4", 4)
 
 
 def test_recipes_are_listed_and_explained(planish):
@@ -159,8 +182,9 @@ def test_help_teaches_by_examples(planish, verb):
 
 
 def finetuned(planish, model, out, text, *words):
-    return planish("finetune", model, "--out", out, "--data", text, "--samples", "8", "--seqlen", "16",
-                   "--device", "cpu", *words)
+    return planish(
+        "finetune", model, "--out", out, "--data", text, "--samples", "8", "--seqlen", "16", "--device", "cpu", *words
+    )
 
 
 def test_finetune_of_a_quantized_folder(planish, tiny_llama, tmp_path, text):
@@ -178,8 +202,9 @@ def test_finetune_of_a_quantized_folder(planish, tiny_llama, tmp_path, text):
 def test_finetune_of_a_float_model(planish, tiny_llama, tmp_path, text):
     out = tmp_path / "q"
     # --epochs are those of the whole-model stage; the blocks' are a key
-    made = finetuned(planish, tiny_llama(), out, text, "--recipe", "efficientqat", "--scheme", "w2g32",
-                     "--epochs", "1", "epochs=2")
+    made = finetuned(
+        planish, tiny_llama(), out, text, "--recipe", "efficientqat", "--scheme", "w2g32", "--epochs", "1", "epochs=2"
+    )
     assert made.status == 0, made.err
     assert "block_ap   2/2   loss " in made.out and "e2e_qp   1/1   loss " in made.out
     assert json.loads((out / "run.json").read_text())["keys"] == {"e2e_epochs": 1.0, "epochs": "2"}
@@ -210,8 +235,14 @@ def test_refusals_of_finetune(planish, tiny_llama, tmp_path, text):
 
 def test_help_of_finetune_has_a_command_for_each_way(planish):
     shown = planish("finetune", "--help").out
-    for words in ("planish finetune q2 --data chats.jsonl --out q2-tuned", "distill=1", "--recipe efficientqat",
-                  "--save-every 100 --resume", "--teacher", "--lean"):
+    for words in (
+        "planish finetune q2 --data chats.jsonl --out q2-tuned",
+        "distill=1",
+        "--recipe efficientqat",
+        "--save-every 100 --resume",
+        "--teacher",
+        "--lean",
+    ):
         assert words in shown
 
 
@@ -221,12 +252,15 @@ def test_an_unknown_option_is_a_usage_error(planish):
 
 def test_events(capsys):
     fitted = {"before": 0.0123, "after": 0.00456, "eta": 3725.0, "peak_bytes": 3 * 2**30}
-    cli.show_event(Event(stage="signround", index=3, total=30, **fitted))
-    cli.show_event(Event(stage="rtn", index=1, total=2, eta=61.0, note="the rate was halved"))
-    cli.show_event(Event(stage="data", index=0, total=30, note="using 3"))
+    show.show_event(Event(stage="signround", index=3, total=30, **fitted))
+    show.show_event(Event(stage="rtn", index=1, total=2, eta=61.0, note="the rate was halved"))
+    show.show_event(Event(stage="data", index=0, total=30, note="using 3"))
     assert capsys.readouterr().out.splitlines() == [
         "signround   3/30   loss 1.230e-02 -> 4.560e-03   1:02:05 left   peak 3.00 GiB",
-        "    the rate was halved", "rtn   1/2   1:01 left", "    using 3"]
+        "    the rate was halved",
+        "rtn   1/2   1:01 left",
+        "    using 3",
+    ]
 
 
 def test_module_and_command_are_one():

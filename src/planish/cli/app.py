@@ -1,0 +1,47 @@
+"""The typer application and the options that several verbs share.
+
+Torch and transformers are imported inside the verbs, so that --help answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+app = typer.Typer(
+    name="planish", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+
+# a paragraph of help that begins with a backspace keeps its indentation
+_OVERVIEW = """
+Take a Hugging Face language model to 2, 3 or 4 bits.
+
+\b
+  planish quantize Qwen/Qwen3-0.6B --out q4
+  planish quantize ./model --bits 2 --preset best --data text.jsonl --out q2
+  planish finetune q2 --data chats.jsonl --out q2-tuned
+  planish eval q4 --ppl wiki.test.raw
+  planish generate q4 "What is a planishing hammer?"
+
+A scheme is written as w4g128 (4 bits, one scale for 128 weights), w2g64asym (with zero points) or
+w4pc (one scale a row). Each verb's --help has examples of its own.
+"""
+
+
+def optional(text: str, **more: Any) -> Any:
+    """An option whose default is to say nothing."""
+    return Option(help=text, show_default=False, **more)
+
+
+ModelName = Annotated[str, Argument(metavar="MODEL")]
+Folder = Annotated[str, Argument(metavar="DIR", help="A folder or hub id, quantized or not.")]
+Device = Annotated[str | None, optional("cpu, cuda, cuda:1; the GPU if there is one.")]
+Seqlen = Annotated[int, Option(help="Tokens of a window.")]
+Pairs = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_default=False)]
+Out = Annotated[Path | None, optional("Folder to write; must be new or empty.")]
+
+
+@app.callback(help=_OVERVIEW)
+def planish() -> None:
+    pass

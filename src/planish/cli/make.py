@@ -1,0 +1,195 @@
+"""Verbs that make a checkpoint: quantize, finetune."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from planish.cli.app import Device, ModelName, Out, Pairs, app, optional
+from planish.cli.show import disk_bytes, say, show_event, size
+from planish.errors import PlanishError
+
+# a paragraph of help that begins with a backspace keeps its indentation
+_QUANTIZE = """
+Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
+
+\b
+  4 bits with SignRound, calibrated on text that Python carries:
+    planish quantize ./model --out q4
+  3 bits, a tenth of the steps; 2 bits on a text of your own:
+    planish quantize ./model --bits 3 --preset fast --out q3
+    planish quantize ./model --bits 2 --data text.jsonl --out q2
+  seconds, no training; rounding to nearest with searched ranges:
+    planish quantize ./model --recipe rtn search=true --out q4
+  more bits for some linears, 16 for others:
+    planish quantize ./model --layers down_proj=w8 --ignore o_proj --out q4
+  hours of work that a kill must not cost; the same command goes on:
+    planish quantize ./model --preset best --resume --out q4
+  a method of your own, with its own keys:
+    planish quantize ./model --recipe ./mine.py:mine steps=50 --out q4
+
+KEY=VALUE sets a recipe's own keys: see planish recipes signround. --data takes embedded, a .txt, .raw
+or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
+"""
+
+_FINETUNE = """
+Train MODEL end to end and write it, packed. MODEL is a quantized folder, whose scales then learn while its
+codes stay; or a float model, for a recipe that quantizes first.
+
+\b
+  scales of a 2-bit model, on conversations, the loss on the answers:
+    planish finetune q2 --data chats.jsonl --out q2-tuned
+  by distillation from the float model that q2 was made of:
+    planish finetune q2 --data text.jsonl --out q2-tuned distill=1
+  EfficientQAT, whole, from the float model:
+    planish finetune ./model --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
+  go on after a kill, from the last checkpoint:
+    planish finetune q2 --data text.jsonl --out q2-tuned --save-every 100 --resume
+
+--data takes plain text as planish quantize does, or conversations (.jsonl of messages, ShareGPT or alpaca
+rows), rendered by the model's chat template. KEY=VALUE sets the recipe's own keys: planish recipes e2e_qp.
+"""
+
+
+@app.command(help=_QUANTIZE, no_args_is_help=True)
+def quantize(
+    model: ModelName,
+    pairs: Pairs = None,
+    out: Out = None,
+    recipe: Annotated[str, Option(help="Method by name, or ./mine.py:function.")] = "signround",
+    preset: Annotated[str | None, optional("fast, light, default, best, paper.")] = None,
+    scheme: Annotated[str | None, optional("Such as w4g128 (the default), w2g64asym, w4pc.")] = None,
+    bits: Annotated[int | None, optional("Short for a scheme: 2 is w2g64; 3, 4, 8 have g128.")] = None,
+    data: Annotated[str, Option(help="Calibration text.")] = "embedded",
+    samples: Annotated[int | None, optional("Windows of that text; 128 unless the preset says.")] = None,
+    seqlen: Annotated[int | None, optional("Tokens of a window; 2048 unless the preset says.")] = None,
+    layers: Annotated[list[str] | None, optional("Scheme of some linears.", metavar="REGEX=SCHEME")] = None,
+    ignore: Annotated[list[str] | None, optional("Linears to leave in 16 bits.", metavar="REGEX")] = None,
+    format: Annotated[str, Option(help="On disk: auto, auto_round, gptq, gptq_v2, native.")] = "auto",
+    device: Device = None,
+    batch_size: Annotated[int | None, optional("Windows a step; the recipe's own if not given.")] = None,
+    seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,
+    revision: Annotated[str | None, optional("Of a hub model.")] = None,
+    storage: Annotated[str, Option(help="Where activations wait: auto, device, host, disk.")] = "auto",
+    stream_dir: Annotated[Path | None, optional("Folder for activations on disk; beside --out if not given.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Keep what is finished; go on from it after a kill.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
+) -> None:
+    if out is None:
+        raise PlanishError("where to? give a new folder with --out DIR")
+    from planish import api
+
+    api.quantize_to(
+        model,
+        out,
+        recipe,
+        _scheme(scheme, bits),
+        preset=preset,
+        data=data,
+        samples=samples,
+        seqlen=seqlen,
+        layers=tuple(layers or ()),
+        ignore=tuple(ignore or ()),
+        format=format,
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+        revision=revision,
+        storage=storage,
+        stream_dir=stream_dir,
+        resume=resume,
+        overwrite=overwrite,
+        announce=lambda resolved: say("\n".join(resolved.summary())),
+        progress=show_event,
+        **_keys(pairs or []),
+    )
+    say(f"wrote {out} ({size(disk_bytes(out))}); next: planish eval {out} --seqlen 512")
+
+
+@app.command(help=_FINETUNE, no_args_is_help=True)
+def finetune(
+    model: ModelName,
+    pairs: Pairs = None,
+    out: Out = None,
+    recipe: Annotated[str, Option(help="Method by name, or ./mine.py:function.")] = "e2e_qp",
+    preset: Annotated[str | None, optional("fast, light, default, best, paper.")] = None,
+    scheme: Annotated[str | None, optional("Of a float model, such as w2g64asym.")] = None,
+    data: Annotated[str, Option(help="Text or conversations.")] = "embedded",
+    samples: Annotated[int | None, optional("Windows; 128 unless the preset says.")] = None,
+    seqlen: Annotated[int | None, optional("Tokens of a window; 2048 unless the preset says.")] = None,
+    steps: Annotated[int | None, optional("Optimizer steps.")] = None,
+    epochs: Annotated[float | None, optional("Passes over the windows, where steps aren't given.")] = None,
+    teacher: Annotated[str | None, optional("Float model to distil from; else the one in run.json.")] = None,
+    batch_size: Annotated[int, Option(help="Windows in one pass; batch_size=8 is a step's.")] = 4,
+    checkpointing: Annotated[bool | None, optional("Recompute blocks, by the model's size if not given.")] = None,
+    lean: Annotated[bool | None, optional("One block at a time; where memory is short, if not given.")] = None,
+    save_every: Annotated[int, Option(help="Steps between checkpoints; 0 writes none.")] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    track: Annotated[str, Option(help="tensorboard or wandb, where installed.")] = "none",
+    format: Annotated[str, Option(help="On disk, of a float model.")] = "auto",
+    device: Device = None,
+    seed: Annotated[int, Option(help="Of windows and their order.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
+) -> None:
+    if out is None:
+        raise PlanishError("where to? give a new folder with --out DIR")
+    from planish import tuning
+    from planish.recipes import describe
+
+    own = describe(recipe)["keys"]
+    counts = {
+        "e2e_" + k if "e2e_" + k in own else k: v for k, v in (("steps", steps), ("epochs", epochs)) if v is not None
+    }
+    tuning.finetune(
+        model,
+        out,
+        recipe,
+        scheme,
+        preset=preset,
+        data=data,
+        samples=samples,
+        seqlen=seqlen,
+        teacher=teacher,
+        batch_size=batch_size,
+        checkpointing=checkpointing,
+        lean=lean,
+        save_every=save_every,
+        resume=resume,
+        track=track,
+        format=format,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        progress=show_event,
+        keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size", *_of_blocks(own)))},
+    )
+    say(f"wrote {out} ({size(disk_bytes(out))}); next: planish eval {out} --seqlen 512")
+
+
+def _scheme(scheme: str | None, bits: int | None) -> str:
+    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64."""
+    if scheme is not None and bits is not None:
+        raise PlanishError(f"--scheme {scheme} and --bits {bits} say the same thing twice; give one of them")
+    if bits is None:
+        return scheme or "w4g128"
+    return f"w{bits}g{64 if bits == 2 else 128}"
+
+
+def _keys(pairs: Iterable[str], command: Any = quantize, allowed: tuple[str, ...] = ()) -> dict[str, str]:
+    """KEY=VALUE texts; a key that is an option of the command is refused, not taken twice."""
+    keys: dict[str, str] = {}
+    options = {name for name in command.__annotations__ if name not in ("model", "pairs", "return", *allowed)}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or not key.isidentifier():
+            raise PlanishError(f"{pair!r} isn't KEY=VALUE; write a recipe's key as steps=100")
+        if key in options:
+            raise PlanishError(f"{pair!r}: {key} is an option; write --{key.replace('_', '-')} {value}")
+        keys[key] = value
+    return keys
+
+
+def _of_blocks(own: Iterable[str]) -> list[str]:
+    """Keys that are the blocks' where the whole-model stage has one of that name: the option sets the latter."""
+    return [key.removeprefix("e2e_") for key in own if key.startswith("e2e_")]

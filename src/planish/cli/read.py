@@ -1,0 +1,138 @@
+"""Verbs that read: recipes, eval, generate, info."""
+
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
+
+from planish.cli.app import Device, Folder, Seqlen, app, optional
+from planish.cli.show import pairs_text, say, show_linears, show_recipe, size
+from planish.errors import PlanishError
+
+
+@app.command()
+def recipes(name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None) -> None:
+    """List the methods; of one, show equation, keys and presets.
+
+    \b
+      planish recipes
+      planish recipes signround
+    """
+    from planish.recipes import RECIPES, describe
+
+    if name is not None:
+        show_recipe(describe(name))
+        return
+    table = Table("recipe", "what it is", "presets", box=None)
+    for known in RECIPES:
+        facts = describe(known)
+        table.add_row(known, facts["summary"], " ".join(facts["presets"]))
+    Console().print(table)
+    say("\nplanish recipes NAME shows one's equation and keys; your own is --recipe ./mine.py:function")
+
+
+@app.command(name="eval", no_args_is_help=True)
+def evaluate(
+    folder: Folder,
+    ppl: Annotated[str, Option(metavar="TEXT", help="A file or a data set of the hub.")] = "embedded-eval",
+    seqlen: Seqlen = 2048,
+    limit: Annotated[int | None, optional("Only the first so many windows.")] = None,
+    batch_size: Annotated[int, Option(help="Windows at once.")] = 8,
+    device: Device = None,
+) -> None:
+    """Measure perplexity.
+
+    \b
+      the field's protocol; rows of a .raw file are joined as it does:
+        planish eval q4 --ppl wiki.test.raw
+      quick, on the language reference that Python carries:
+        planish eval q4 --seqlen 512 --limit 16
+
+    Non-overlapping windows, no BOS, float32 logits.
+    """
+    import planish
+
+    loaded = planish.load(folder, device=device)
+    value = planish.perplexity(loaded, ppl, seqlen=seqlen, batch_size=batch_size, limit=limit)
+    say(f"perplexity {value:.4g}   ({ppl}, windows of {seqlen}{f', the first {limit}' if limit else ''})")
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, Argument(show_default=False)],
+    tokens: Annotated[int, Option(help="At most so many new tokens.")] = 64,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
+    raw: Annotated[bool, Option("--raw", help="Continue the prompt, without a chat template.")] = False,
+    seed: Annotated[int, Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+) -> None:
+    """Answer a prompt.
+
+    \b
+      planish generate q4 "What is a planishing hammer?"
+      planish generate q4 --raw --tokens 20 "The capital of France is"
+    """
+    import torch
+
+    import planish
+    from planish.folder import tokenizer_of
+
+    loaded: Any = planish.load(folder, device=device)
+    tokenizer = tokenizer_of(loaded)
+    if tokenizer is None:
+        raise PlanishError(f"{folder} has no tokenizer; copy the tokenizer files of the original model into it")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = prompt_ids(tokenizer, prompt, raw=raw).to(loaded.device)
+    with torch.no_grad():
+        output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling)
+    say(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@app.command(no_args_is_help=True)
+def info(
+    folder: Folder,
+    linears: Annotated[bool, Option("--linears", help="Name every linear, for --layers.")] = False,
+) -> None:
+    """Show what a model is: size, linears, schemes, and the run that made it.
+
+    \b
+      planish info q4
+      planish info ./model --linears
+    """
+    from planish.arch import discover
+    from planish.arch import linears as linears_of
+    from planish.folder import QuantizedFolder
+    from planish.log import RunManifest
+    from planish.source import open_source
+
+    quantized = QuantizedFolder.open(folder)
+    source = quantized.source if quantized else open_source(folder)
+    model = source.skeleton()
+    shapes = linears_of(discover(model), model)
+    schemes = {name: str(quantized.schemes.get(name, "16-bit")) if quantized else "16-bit" for name in shapes}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{folder}: {type(model).__name__}, {count / 1e6:.1f} M parameters")
+    if source.folder is not None:
+        stored = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+        say(f"{size(stored)} on disk, {8 * stored / count:.2f} bits a weight with embeddings")
+        if manifest := RunManifest.read(source.folder):
+            say(
+                f"made by {manifest.recipe} {pairs_text(manifest.keys)} of {manifest.model}, data {manifest.data}: "
+                f"{manifest.samples} x {manifest.seqlen} tokens, seed {manifest.seed}"
+            )
+    if quantized:
+        say(f"format {quantized.format.name}: {len(quantized.schemes)} of {len(shapes)} linears are quantized")
+    show_linears(shapes, schemes, every=linears)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> Any:
+    """A prompt as token ids [1, n], in the tokenizer's chat template if it has one."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
