@@ -38,7 +38,7 @@ def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
     rows = codes.to(torch.uint8).movedim(dim, -1)
     length = rows.shape[-1]
     rows = functional.pad(rows, (0, -length % WORD)).contiguous()
-    octets = rows.view(torch.int64).flatten()
+    octets = rows.flatten().view(torch.int64)
     packed = torch.empty(len(octets), bits, dtype=torch.uint8, device=codes.device)
     for start in range(0, len(octets), _CHUNK):
         fields = octets[start : start + _CHUNK].clone()
@@ -55,7 +55,7 @@ def unpack(words: Tensor, bits: int, dim: int, length: int) -> Tensor:
     """The `length` codes that `pack` put into words, as contiguous uint8."""
     rows = words.movedim(dim, -1)
     rows = functional.pad(rows, (0, -rows.shape[-1] % bits)).contiguous()
-    packed = rows.view(torch.uint8).view(-1, bits)
+    packed = rows.flatten().view(torch.uint8).view(-1, bits)
     octets = torch.empty(len(packed), dtype=torch.int64, device=words.device)
     for start in range(0, len(packed), _CHUNK):
         part = packed[start : start + _CHUNK]
