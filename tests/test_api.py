@@ -82,6 +82,7 @@ def random_model(config: Any) -> Any:
         ("auto_round", "w3g32asym"),
         ("gptq", "w4g32"),
         ("gptq_v2", "w8g64asym"),
+        ("compressed_tensors", "w3g32asym"),
     ],
 )
 @pytest.mark.parametrize(("recipe", "keys"), [("rtn", {}), ("rtn", {"search": True}), ("signround", SIGNROUND)])
@@ -102,7 +103,7 @@ def test_what_is_written_is_what_quantize_gives(
 def test_every_format_is_written_above() -> None:
     marks = test_what_is_written_is_what_quantize_gives.pytestmark  # type: ignore[attr-defined]
     written = {case[0] for mark in marks for case in mark.args[1] if mark.args[0][0] == "format"}
-    assert written == FORMATS.keys()
+    assert written == FORMATS.keys() - {"awq"}  # which is read only
 
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w2g32asym"])
@@ -319,9 +320,9 @@ def test_info(tiny_llama: Tiny, tmp_path: Path) -> None:
     planish.quantize_to(folder, out, "signround", "w2g32", ignore=["o_proj"], seed=3, **QUICK, **SIGNROUND)
     found = api.info(out)
     assert found.format == "auto_round" and set(found.schemes.values()) == {Scheme.parse("w2g32")}
-    text = "\n".join(found.summary(linears=True))
+    text = "\n".join(found.summary())
     assert "12 of 14 linears quantized: 12 x w2g32" in text and "signround steps=4" in text
-    assert "8 x 16 tokens, seed 3" in text and "model.layers.0.self_attn.o_proj  [64, 64]  16-bit" in text
+    assert "8 x 16 tokens, seed 3" in text
     parameters = 272 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
     quantized = 2 * (64 * (64 + 32 + 32) + 3 * 64 * 128)
     expected = (16 * (parameters - quantized) + 2.5 * quantized) / parameters

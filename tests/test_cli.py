@@ -60,7 +60,7 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
     assert f"wrote {out}" in made.out
     shown = planish("info", out)
     assert shown.status == 0, shown.err
-    assert "13 of 14 linears are quantized" in shown.out and "made by signround steps=2 of" in shown.out
+    assert "13 of 14 linears quantized" in shown.out and "made by signround steps=2 from" in shown.out
     assert "model.layers.*.mlp.down_proj" in shown.out and "w8g64" in shown.out and "16-bit" in shown.out
     assert "model.layers.1.mlp.up_proj" in planish("info", out, "--linears").out
     measured = planish("eval", out, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu")
@@ -195,7 +195,7 @@ def test_finetune_of_a_quantized_folder(planish, tiny_llama, tmp_path, text):
     assert "the teacher's activations" in made.out and "e2e_qp   3/3   loss " in made.out and f"wrote {out}" in made.out
     run = json.loads((out / "run.json").read_text())
     assert run["keys"] == {"steps": 3, "distill": "0.5", "batch_size": "4"} and run["recipe"] == "e2e_qp"
-    assert f"made by e2e_qp steps=3 distill=0.5 batch_size=4 of {q}" in planish("info", out).out
+    assert f"made by e2e_qp steps=3 distill=0.5 batch_size=4 from {q}" in planish("info", out).out
     assert planish("eval", out, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu").status == 0
 
 

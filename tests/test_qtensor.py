@@ -155,6 +155,7 @@ def quantized() -> QTensor:
         offset=torch.randn(6, 3, generator=generator),
         bits=3,
         group_size=16,
+        order=torch.arange(40, dtype=torch.int32),
     )
 
 
@@ -172,17 +173,25 @@ def test_dequantize_is_the_equation_rounded_once(quantized: QTensor) -> None:
     assert symmetric.symmetric and torch.equal(symmetric.dequantize(), constant.dequantize())
 
 
-@pytest.mark.parametrize("part", ["codes", "scale", "zero", "offset"])
+@pytest.mark.parametrize("part", ["codes", "scale", "zero", "offset", "order"])
 def test_equal_and_digest_see_every_part(quantized: QTensor, part: str) -> None:
     same = dataclasses.replace(quantized, **{part: getattr(quantized, part).clone()})
     assert quantized.equal(same) and quantized.digest() == same.digest()
     changed = getattr(quantized, part).clone()
-    changed[1, 1] += 1
+    changed.view(-1)[1] += 1
     others = [dataclasses.replace(quantized, **{part: changed})]
-    if part in ("zero", "offset"):
+    if part in ("zero", "offset", "order"):
         others.append(dataclasses.replace(quantized, **{part: None}))
     for other in others:
         assert not quantized.equal(other) and quantized.digest() != other.digest()
+
+
+def test_columns_in_another_order_are_put_back(quantized: QTensor) -> None:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).int()
+    plain, moved = quantized.dequantize(), dataclasses.replace(quantized, order=order).dequantize()
+    for column in range(40):
+        assert torch.equal(moved[:, order[column]], plain[:, column])
+    assert torch.equal(dataclasses.replace(quantized, order=None).dequantize(), plain)
 
 
 def test_scheme_and_device(quantized: QTensor) -> None:
@@ -196,7 +205,14 @@ def test_scheme_and_device(quantized: QTensor) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"scale": torch.ones(6, 3)}, {"scale": torch.ones(6, 2).half()}, {"group_size": 40}, {"zero": torch.ones(6, 3)}],
+    [
+        {"scale": torch.ones(6, 3)},
+        {"scale": torch.ones(6, 2).half()},
+        {"group_size": 40},
+        {"zero": torch.ones(6, 3)},
+        {"order": torch.arange(40)},
+        {"order": torch.arange(39).int()},
+    ],
 )
 def test_what_does_not_belong_together_is_a_bug(quantized: QTensor, wrong: dict) -> None:
     with pytest.raises(AssertionError):

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn with search": {"recipe": "rtn", "search": True},
     "signround": {"recipe": "signround", **SIGNROUND},
     "signround, spans": {"recipe": "signround", **SIGNROUND, "span": 2},
-    "signround, quantized target": {"recipe": "signround", **SIGNROUND, "target": "quantized"},
+    "signround, quantized prefix": {"recipe": "signround", **SIGNROUND, "prefix": "quantized"},
     "block_ap": {"recipe": "block_ap", **SIGNROUND, "norm_rate": 1e-3},
 }
 LAYERS = 5

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from planish.api import info, load, quantize, quantize_to, resolve, save
     from planish.errors import PlanishError, UnsupportedScheme
     from planish.eval.perplexity import perplexity
+    from planish.hf import register, unregister
     from planish.qtensor import QTensor
     from planish.scheme import Scheme, SchemeMap
     from planish.trainable import convert, prepare
+    from planish.transcode import export
     from planish.tuning import finetune
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "SchemeMap",
     "UnsupportedScheme",
     "convert",
+    "export",
     "finetune",
     "info",
     "load",
@@ -38,14 +41,18 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_to",
+    "register",
     "resolve",
     "save",
+    "unregister",
 ]
 
 _HOME = {
     "planish.api": ("info", "load", "quantize", "quantize_to", "resolve", "save"),
     "planish.errors": ("PlanishError", "UnsupportedScheme"),
     "planish.eval.perplexity": ("perplexity",),
+    "planish.transcode": ("export",),
+    "planish.hf": ("register", "unregister"),
     "planish.qtensor": ("QTensor",),
     "planish.scheme": ("Scheme", "SchemeMap"),
     "planish.trainable": ("convert", "prepare"),

@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from planish.arch import discover, linears
-from planish.checkpoint import CheckpointWriter, Content
+from planish.card import papers
+from planish.checkpoint import CheckpointWriter
 from planish.errors import PlanishError, nearest
 from planish.folder import (
     QuantizedFolder,
     assemble,
     block_shapes,
     config_of,
+    schemes_of,
     side_files,
     tokenizer_of,
     verify_folder,
@@ -31,6 +33,7 @@ from planish.folder import (
 )
 from planish.formats import FORMATS, choose
 from planish.formats import verify as verify_schemes
+from planish.hf import attach
 from planish.journal import Journal
 from planish.kernels.linear import packed_layers
 from planish.log import Progress, RunManifest
@@ -40,6 +43,8 @@ from planish.request import ModelLike, Resolved, make_run, manifest_of, resolve,
 from planish.run import Run, compute_device
 from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source, open_source
+from planish.tables import quantize_table, quantize_tables, table_shapes
+from planish.targets import verdicts
 from planish.tune import quantize_in_memory
 
 
@@ -82,7 +87,7 @@ def quantize(
     run = make_run(
         resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir)
     )
-    return quantize_in_memory(run)[0]
+    return attach(quantize_tables(quantize_in_memory(run)[0], resolved.tables))
 
 
 def quantize_to(
@@ -150,8 +155,9 @@ def _write_tuned(
     if announce:
         announce(resolved)
     model, figures = quantize_in_memory(run)
+    quantize_tables(model, resolved.tables)
     manifest = manifest_of(resolved, run, figures)
-    extra: dict[str, Content] = {"run.json": manifest.to_dict()}
+    extra = papers(manifest)
     write_model(model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra)
     return manifest
 
@@ -171,7 +177,7 @@ def _write(
     add, digests = (journal.add, journal.digests) if journal else (write, {})
     trained: set[str] = set()
 
-    def sink(name: str, quantized: QTensor) -> None:
+    def sink(name: str, quantized: QTensor, add: Callable[[str, Tensor], None] = add) -> None:
         on_host = quantized.to("cpu")
         digests[name] = on_host.digest()
         for key, tensor in resolved.format.encode(name, on_host).items():
@@ -192,13 +198,16 @@ def _write(
             write(key, tensor)
             trained.add(key)
         for name in source.names():
-            if name.removesuffix(".weight") not in digests and name not in trained:
+            owner = name.removesuffix(".weight")
+            if owner in resolved.tables:
+                sink(owner, quantize_table(source.get(name), resolved.tables[owner]), add=write)
+            elif owner not in digests and name not in trained:
                 write(name, source.get(name))
         manifest = manifest_of(resolved, run, figures)
-        every = {name: resolved.schemes.get(name) for name in resolved.shapes}
+        every = {name: resolved.schemes.get(name) for name in resolved.shapes} | resolved.tables
         config = config_of(source.config, skeleton, source.dtype, resolved.format.config(every))
         files = side_files(source.folder, skeleton, run.tokenizer)
-        writer.finish(config, {**files, "run.json": manifest.to_dict()}, verify=verify)
+        writer.finish(config, files | papers(manifest), verify=verify)
     return manifest
 
 
@@ -223,7 +232,8 @@ def load(
     if folder is None:
         source = open_source(path, revision=revision)
         return assemble(source, (), where, dtype or source.dtype)
-    return assemble(folder.source, folder.layers(), where, dtype or folder.source.dtype)
+    model = assemble(folder.source, folder.layers(), where, dtype or folder.source.dtype)
+    return attach(model, folder.source.quantization_config)
 
 
 def save(
@@ -240,15 +250,18 @@ def save(
         PlanishError: if the folder isn't empty, the format can't hold a layer, or nothing is quantized.
     """
     writer = CheckpointWriter(out, overwrite=overwrite)
-    packed, shapes = packed_layers(model), block_shapes(model)
+    packed, schemes = packed_layers(model), schemes_of(model)
     if not packed:
         raise PlanishError("the model has no quantized layer; use save_pretrained() for a 16-bit one")
-    schemes = {name: packed[name].scheme if name in packed else None for name in shapes}
+    shapes = block_shapes(model) | {name: (part.out_features, part.in_features) for name, part in packed.items()}
     if format != "auto" and format not in FORMATS:
         raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
     chosen = choose(schemes, shapes) if format == "auto" else FORMATS[format]
     verify_schemes(chosen, schemes, shapes)
-    return write_model(model, writer, chosen, tokenizer=tokenizer or tokenizer_of(model))
+    layers = {name: str(scheme) for name, scheme in schemes.items() if scheme}
+    label = str(model.config.name_or_path or type(model).__name__)
+    extra = papers(RunManifest.of_unknown(label, layers, chosen.name))
+    return write_model(model, writer, chosen, tokenizer=tokenizer or tokenizer_of(model), extra=extra)
 
 
 def info(path: str | os.PathLike[str]) -> "Info":
@@ -260,10 +273,11 @@ def info(path: str | os.PathLike[str]) -> "Info":
     folder = QuantizedFolder.open(path)
     source = folder.source if folder else open_source(path)
     skeleton = source.skeleton()
-    shapes = linears(discover(skeleton), skeleton)
+    arch = discover(skeleton)
     return Info(
         source=source,
-        shapes=shapes,
+        shapes=linears(arch, skeleton),
+        tables=table_shapes(arch, skeleton),
         schemes=folder.schemes if folder else {},
         format=folder.format.name if folder else "16-bit",
         manifest=RunManifest.read(source.folder) if source.folder else None,
@@ -272,23 +286,31 @@ def info(path: str | os.PathLike[str]) -> "Info":
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """A model's size, linears, schemes and the run that made it."""
+    """A model's size, linears, schemes and the run that made it.
+
+    Args:
+        shapes: (out, in) of the linears of the blocks. tables: those of the embedding and an untied head.
+        schemes: of what is quantized of both.
+    """
 
     source: Source
     shapes: dict[str, tuple[int, int]]
+    tables: dict[str, tuple[int, int]]
     schemes: dict[str, Scheme]
     format: str
     manifest: RunManifest | None
 
-    def summary(self, linears: bool = False) -> list[str]:
-        """Lines for a user; with `linears` one for each linear."""
+    def summary(self) -> list[str]:
+        """Lines for a user."""
         model = self.source.skeleton()
         count = sum(p.numel() for p in model.parameters())
+        inside = [str(scheme) for name, scheme in self.schemes.items() if name in self.shapes]
+        kinds = ", ".join(f"{n} x {scheme}" for scheme, n in Counter(inside).most_common())
         lines = [
             f"{self.source.label}: {type(model).__name__}, {count / 1e6:.1f} M parameters, format {self.format}",
-            f"{len(self.schemes)} of {len(self.shapes)} linears quantized: "
-            + (", ".join(f"{n} x {s}" for s, n in Counter(map(str, self.schemes.values())).most_common()) or "none"),
-            f"{bits_per_weight(self.schemes, self.shapes, count):.2f} bits a weight with embeddings",
+            f"{len(inside)} of {len(self.shapes)} linears quantized: {kinds or 'none'}",
+            *(f"{name} quantized: {self.schemes[name]}" for name in self.tables if name in self.schemes),
+            f"{bits_per_weight(self.schemes, self.shapes | self.tables, count):.2f} bits a weight with embeddings",
         ]
         if self.manifest:
             run = self.manifest
@@ -297,8 +319,7 @@ class Info:
                 f"made by {run.recipe} {keys} from {run.model} on {run.data}, "
                 f"{run.samples} x {run.seqlen} tokens, seed {run.seed}"
             )
-        if linears:
-            lines += [
-                f"  {name}  {list(shape)}  {self.schemes.get(name, '16-bit')}" for name, shape in self.shapes.items()
-            ]
+        if self.schemes:
+            able = [verdict.target for verdict in verdicts(self.format, set(self.schemes.values())) if verdict.loads]
+            lines.append(f"loads in {', '.join(['Planish', *able])}")
         return lines

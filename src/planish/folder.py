@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from planish.arch import discover, linears
+from planish.arch import Arch, discover, linears
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
 from planish.formats import detect
@@ -27,6 +27,7 @@ from planish.naming import disk_speller
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
 from planish.source import FolderSource, Source, find_folder
+from planish.tables import put_table, table_shapes
 
 PROCESSORS = "*processor_config.json"
 SIDE_FILES = (
@@ -44,12 +45,19 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedFolder:
-    """A folder whose config.json has a `quantization_config` of one of our formats."""
+    """A folder whose config.json has a `quantization_config` of one of our formats.
+
+    Args:
+        schemes: of every quantized linear, and of the embedding and the head if they are quantized.
+        shapes: (out, in) of every linear of the blocks, and of what else is quantized.
+        tables: (vocabulary, hidden) of the embedding and an untied head.
+    """
 
     source: FolderSource
     format: Format
     schemes: dict[str, Scheme]
     shapes: dict[str, tuple[int, int]]
+    tables: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "QuantizedFolder | None":
@@ -66,13 +74,11 @@ class QuantizedFolder:
             return None
         found = detect(how)
         skeleton = source.skeleton()
-        shapes = linears(discover(skeleton), skeleton)
-        schemes = found.schemes(how, shapes)
-        if not schemes:  # others may name layers as they are spelled on disk
-            spell = disk_speller(skeleton)
-            on_disk = found.schemes(how, {spell(name): shape for name, shape in shapes.items()})
-            schemes = {name: on_disk[spell(name)] for name in shapes if spell(name) in on_disk}
-        return cls(source=source, format=found, schemes=schemes, shapes=shapes)
+        arch = discover(skeleton)
+        shapes, around = linears(arch, skeleton), table_shapes(arch, skeleton)
+        schemes = layer_schemes(found, how, arch, skeleton)
+        shapes |= {name: shape for name, shape in around.items() if name in schemes}
+        return cls(source=source, format=found, schemes=schemes, shapes=shapes, tables=around)
 
     def layers(self) -> Iterator[tuple[str, QTensor]]:
         """(name, QTensor) of each quantized linear, one at a time."""
@@ -86,12 +92,30 @@ class QuantizedFolder:
             yield name, self.format.decode(name, tensors, scheme, self.shapes[name])
 
 
+def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: PreTrainedModel) -> dict[str, Scheme]:
+    """Scheme of everything that is quantized, by its name in the model; a configuration may spell it as on disk."""
+    around = table_shapes(arch, model)
+    # a head may be quantized in any format, an embedding in ours
+    shapes = linears(arch, model) | {
+        name: shape for name, shape in around.items() if name == arch.head or format.name == "native"
+    }
+    if schemes := format.schemes(words, shapes):
+        return schemes
+    spell = disk_speller(model)
+    on_disk = format.schemes(words, {spell(name): shape for name, shape in shapes.items()})
+    return {name: on_disk[spell(name)] for name in shapes if spell(name) in on_disk}
+
+
 def assemble(
     source: Source, layers: Iterable[tuple[str, QTensor]], device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The source's model with the given linears packed and all else in `dtype`, on the device."""
     model = source.skeleton()
+    arch = discover(model, PackedLinear)
     for name, quantized in layers:
+        if name == arch.embedding:
+            put_table(model, arch, quantized.to(device), dtype)
+            continue
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
@@ -142,8 +166,8 @@ def write_model(
         PlanishError: if the format can't hold a layer, the disk is full, or something is read back different.
     """
     packed, spell = packed_layers(model), disk_speller(model)
-    schemes = {name: packed[name].scheme if name in packed else None for name in block_shapes(model)}
-    digests = {}
+    schemes = schemes_of(model)
+    digests, ordered = {}, any(part.order is not None for part in packed.values())
     with writer:
         for name, module in packed.items():
             quantized = module.qtensor().to("cpu")
@@ -153,10 +177,21 @@ def write_model(
         for key, tensor in plain_tensors(model):
             writer.add(spell(key), tensor)
         return writer.finish(
-            config_of(model.config if source is None else source.config, model, model.dtype, format.config(schemes)),
+            config_of(
+                model.config if source is None else source.config,
+                model,
+                model.dtype,
+                words_of(format, schemes, ordered),
+            ),
             {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
             verify=lambda folder: verify_folder(folder, digests),
         )
+
+
+def words_of(format: Format, schemes: Mapping[str, Scheme | None], ordered: bool) -> dict[str, Any]:
+    """`quantization_config`; where columns have an order of their own, GPTQ says so or servers don't look for it."""
+    words = format.config(schemes)
+    return words | ({"desc_act": True} if ordered and "desc_act" in words else {})
 
 
 def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -169,9 +204,17 @@ def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
+def schemes_of(model: PreTrainedModel) -> dict[str, Scheme | None]:
+    """The scheme of every linear of the blocks, None where it is in 16 bits, and of what else is packed."""
+    packed = packed_layers(model)
+    names = dict.fromkeys([*block_shapes(model), *packed])
+    return {name: packed[name].scheme if name in packed else None for name in names}
+
+
 def plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers outside of packed layers, and the biases of those; tied ones once."""
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    every = model.named_modules(remove_duplicate=False)
+    packed = {name for name, module in every if isinstance(module, PackedLinear)}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")

@@ -71,6 +71,23 @@ class RunManifest:
         return dataclasses.asdict(self)
 
     @classmethod
+    def of_unknown(cls, model: str, layers: dict[str, str], format: str) -> "RunManifest":
+        """Of a model that is quantized, nobody says how: it has no recipe, and isn't written."""
+        return cls(
+            model=model,
+            recipe="",
+            keys={},
+            scheme="",
+            layers=layers,
+            format=format,
+            data="",
+            data_sha256="",
+            samples=0,
+            seqlen=0,
+            seed=0,
+        )
+
+    @classmethod
     def read(cls, folder: Path) -> "RunManifest | None":
         """The manifest in a folder, or None if it has none; another tool's run.json is none."""
         try:

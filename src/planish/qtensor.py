@@ -9,7 +9,8 @@ kernel, formats and tests all call `encode`, `decode`, `fake_quantize` and `stor
 is what is deployed, bit for bit.
 
 Shapes: a weight [out, in] is seen as groups [out, G, g], padded with zeros at the right end of a row if
-g doesn't divide `in`; grids (scale, zero, offset) are [out, G, 1] beside it.
+g doesn't divide `in`; grids (scale, zero, offset) are [out, G, 1] beside it. Columns may lie in an order of
+their own (act-order): groups are then of the codes' columns, and `dequantize` puts them back.
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ from planish.scheme import Scheme
 
 # fp16 keeps 7 significant bits at this size; a smaller scale loses the grid itself
 SCALE_FLOOR = 1e-5
+# of a QTensor
+PARTS = ("codes", "scale", "zero", "offset", "order")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +42,8 @@ class QTensor:
         offset: fp32 [out, G] in weight units, or None.
         bits: bits of a code.
         group_size: inputs of a group; the last group of a row may be shorter.
+        order: int32 [in], a permutation: column j of the codes is column order[j] of the weight; None if each
+            is its own.
     """
 
     codes: Tensor
@@ -47,6 +52,7 @@ class QTensor:
     offset: Tensor | None = None
     bits: int
     group_size: int
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
@@ -55,6 +61,7 @@ class QTensor:
         assert self.scale.shape == grid, (self.scale.shape, grid)
         assert self.zero is None or (self.zero.dtype == torch.uint8 and self.zero.shape == grid)
         assert self.offset is None or (self.offset.dtype == torch.float32 and self.offset.shape == grid)
+        assert self.order is None or (self.order.dtype == torch.int32 and self.order.shape == (in_features,))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +73,7 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
-        parts: dict[str, Any] = {name: getattr(self, name) for name in ("codes", "scale", "zero", "offset")}
+        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
         return dataclasses.replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,7 +82,7 @@ class QTensor:
         zero = torch.full_like(self.scale, midpoint(self.bits)) if self.zero is None else self.zero
         offset = None if self.offset is None else self.offset.unsqueeze(-1)
         values = decode(codes, self.scale.unsqueeze(-1), zero.unsqueeze(-1), offset)
-        return from_groups(values, self.shape[1]).to(dtype)
+        return own_columns(from_groups(values, self.shape[1]).to(dtype), self.order)
 
     @property
     def scheme(self) -> Scheme:
@@ -84,18 +91,18 @@ class QTensor:
         return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.symmetric)
 
     def digest(self) -> str:
-        """sha256 of every code, scale, zero and offset and of the shape."""
+        """sha256 of every code, scale, zero and offset, of the columns' order and of the shape."""
         found = hashlib.sha256(f"{self.bits} {self.group_size} {self.shape}".encode())
-        for name in ("codes", "scale", "zero", "offset"):
+        for name in PARTS:
             value = getattr(self, name)
             found.update(name.encode() if value is None else value.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
     def equal(self, other: "QTensor") -> bool:
-        """True if every code, scale, zero and offset is the same bit for bit."""
+        """True if every code, scale, zero, offset and column is the same bit for bit."""
         if (self.bits, self.group_size, self.shape) != (other.bits, other.group_size, other.shape):
             return False
-        pairs = [(getattr(self, name), getattr(other, name)) for name in ("codes", "scale", "zero", "offset")]
+        pairs = [(getattr(self, name), getattr(other, name)) for name in PARTS]
         return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
 
 
@@ -115,6 +122,11 @@ def to_groups(weight: Tensor, group_size: int) -> Tensor:
 def from_groups(groups: Tensor, in_features: int) -> Tensor:
     """[out, G, g] -> [out, in]; what was padded is dropped."""
     return groups.flatten(1)[:, :in_features]
+
+
+def own_columns(values: Tensor, order: Tensor | None) -> Tensor:
+    """[out, in] in the order of a QTensor's codes -> in the weight's own: column j becomes column order[j]."""
+    return values if order is None else values.index_select(1, torch.argsort(order))
 
 
 @torch.library.custom_op("planish::store", mutates_args=())

@@ -27,6 +27,8 @@ from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
 from planish.scheme import Scheme, SchemeMap, bits_per_weight
 from planish.source import Source, open_source
+from planish.tables import table_schemes, table_shapes
+from planish.targets import GGUF, choose_for
 from planish.trainable import check_trainer
 
 SAMPLES, SEQLEN = 128, 2048
@@ -41,7 +43,9 @@ class Resolved:
     Args:
         schemes: scheme by full name of each linear to quantize.
         shapes: (out, in) of every linear of the blocks, quantized or not.
+        tables: scheme of the embedding (and an untied head), if they are quantized.
         parameters: of the whole model, tied ones once.
+        gguf: a GGUF file shall be written beside the checkpoint.
     """
 
     source: Source
@@ -55,6 +59,14 @@ class Resolved:
     format: Format
     samples: int
     seqlen: int
+    tables: dict[str, Scheme]
+    gguf: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole model."""
+        shapes = self.shapes | table_shapes(self.arch, self.source.skeleton())
+        return bits_per_weight(self.schemes | self.tables, shapes, self.parameters)
 
     def summary(self) -> list[str]:
         """Lines for a user: recipe, scheme, how many of how many linears, bits a weight, what is padded."""
@@ -62,8 +74,8 @@ class Resolved:
         padded = [n for n, s in self.schemes.items() if self.shapes[n][1] % s.group_in(self.shapes[n][1])]
         lines = [
             f"{self.source.label}: {self.recipe.name} {keys}".rstrip(),
-            f"scheme {self.scheme_text}, format {self.format.name}: {len(self.schemes)} of {len(self.shapes)} linears, "
-            f"{bits_per_weight(self.schemes, self.shapes, self.parameters):.2f} bits a weight with embeddings",
+            f"scheme {self.scheme_text}, format {self.format.name}{' and gguf' * self.gguf}: {len(self.schemes)} of "
+            f"{len(self.shapes)} linears, {self.bits_per_weight:.2f} bits a weight with embeddings",
         ]
         if padded:
             lines.append(f"the last group of a row is shorter in {len(padded)} linears, such as {padded[0]}")
@@ -80,28 +92,29 @@ def resolve(
     preset: str | None = None,
     revision: str | None = None,
     format: str = "auto",
+    target: str | None = None,
+    tp: int = 1,
+    embeddings: int = 16,
     samples: int | None = None,
     seqlen: int | None = None,
     **keys: Any,
 ) -> Resolved:
     """Check a request and say what it comes to; reads headers, no weights.
 
-    Args as of `quantize`.
+    Args:
+        format: 'auto', one of `planish.formats.FORMATS`, or 'gguf': that file then lies beside a native checkpoint.
+        target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
+        tp: GPUs that the target will cut each layer for.
+        embeddings: bits of the embedding and the head: 16, 8 or 4.
+        others: as of `quantize`.
 
     Raises:
         PlanishError: for anything wrong with it.
     """
-    built = build(recipe, preset, keys)
-    if not built.blocks:
-        raise PlanishError(
-            f"recipe {recipe!r} trains a model that is quantized already, and this one isn't; quantize it first, then "
-            f"planish finetune DIR --recipe {recipe}"
-        )
-    if built.whole is not None:
-        check_trainer()
+    if format not in ("auto", GGUF, *FORMATS):
+        raise PlanishError(f"no format {format!r}: {nearest(format, [*FORMATS, GGUF])}")
+    built = _recipe(recipe, preset, keys)
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
-    if format != "auto" and format not in FORMATS:
-        raise PlanishError(f"no format {format!r}: {nearest(format, FORMATS)}")
     if isinstance(model, PreTrainedModel) and packed_layers(model):
         raise PlanishError(f"the {type(model).__name__} is quantized already; give the 16-bit original")
     source = open_source(model, revision=revision)
@@ -110,8 +123,8 @@ def resolve(
     shapes = linears(arch, skeleton)
     schemes = scheme_map.resolve(shapes)
     every = {name: schemes.get(name) for name in shapes}
-    chosen = choose(every, shapes) if format == "auto" else FORMATS[format]
-    verify_schemes(chosen, every, shapes)
+    asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
+    chosen = _format(asked, every, shapes, embeddings)
     own, _ = split_preset(recipe, preset)
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
     return Resolved(
@@ -126,7 +139,33 @@ def resolve(
         format=chosen,
         samples=samples,
         seqlen=seqlen,
+        tables=table_schemes(embeddings, table_shapes(arch, skeleton), chosen.name),
+        gguf=asked == GGUF,
     )
+
+
+def _recipe(name: str, preset: str | None, keys: dict[str, Any]) -> Recipe:
+    """The recipe, which must start from a float model."""
+    built = build(name, preset, keys)
+    if not built.blocks:
+        raise PlanishError(
+            f"recipe {name!r} trains a model that is quantized already, and this one isn't; quantize it first, then "
+            f"planish finetune DIR --recipe {name}"
+        )
+    if built.whole is not None:
+        check_trainer()
+    return built
+
+
+def _format(
+    asked: str, schemes: dict[str, Scheme | None], shapes: dict[str, tuple[int, int]], embeddings: int
+) -> Format:
+    """The format of the folder; a GGUF lies beside a native one."""
+    if asked == "auto":
+        return choose(schemes, shapes) if embeddings == 16 else FORMATS["native"]
+    chosen = FORMATS["native" if asked == GGUF else asked]
+    verify_schemes(chosen, schemes, shapes)
+    return chosen
 
 
 def data_size(
@@ -208,7 +247,7 @@ def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunMan
         recipe=resolved.recipe.name,
         keys=resolved.keys,
         scheme=resolved.scheme_text,
-        layers={name: str(scheme) for name, scheme in resolved.schemes.items()},
+        layers={name: str(scheme) for name, scheme in (resolved.schemes | resolved.tables).items()},
         format=resolved.format.name,
         data=run.data_name,
         data_sha256=run.data_sha256,
@@ -216,5 +255,5 @@ def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunMan
         seqlen=resolved.seqlen,
         seed=run.seed,
         versions=versions(),
-        figures=figures,
+        figures={**figures, "bits_per_weight": round(resolved.bits_per_weight, 4)},
     )

@@ -143,7 +143,8 @@ class Run:
         """Quantize everything; codes go to the sink span by span, other tensors that were trained to `keep`.
 
         Returns:
-            Figures of the run: seconds, peak bytes, held-out loss before and after each span.
+            Figures of the run: seconds, peak bytes, held-out loss before and after each span, and by linear the
+            relative error of its weight.
         """
         clock = Clock()
         if self.device.type == "cuda":
@@ -165,6 +166,7 @@ class Run:
             seed=self.seed,
             clock=clock,
             first=first,
+            errors=facts.errors,
         )
         if stage.fit is not None and self.device.type == "cuda" and not first:
             job = trial(job)
@@ -185,6 +187,7 @@ class Run:
             "seconds": round(before + clock.seconds, 2),
             "peak_bytes": peak_bytes(self.device),
             "losses": facts.losses,
+            "errors": {name: float(f"{error:.4g}") for name, error in facts.errors.items()},
             "notes": facts.notes,
         }
 
@@ -241,6 +244,7 @@ class _Facts:
     micro_batch: int = 0
     generation: int = 0
     losses: list[list[float]] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

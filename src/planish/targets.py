@@ -59,10 +59,16 @@ LOADERS = (
            how=f"pip install optimum gptqmodel; {_PIPED}", checked="gptqmodel 7.7.0 with transformers 5.23, run"),
     Loader(target="transformers", format="gptq_v2",
            how=f"pip install optimum gptqmodel; {_PIPED}", checked="gptqmodel 7.7.0 with transformers 5.23, run"),
-    Loader(target="transformers", format="compressed_tensors",
-           how=f"pip install compressed-tensors; {_PIPED}", checked="compressed-tensors with transformers 5.23, run"),
+    Loader(target="transformers", format="compressed_tensors", symmetric=(True,),
+           how=f"pip install compressed-tensors; {_PIPED}",
+           checked="compressed-tensors 0.20.0 with transformers 5.23, run"),
+    Loader(target="transformers", format="compressed_tensors", symmetric=(False,),
+           how=f"pip install compressed-tensors; {_PIPED[:-1]}, quantization_config=CompressedTensorsConfig("
+           "dequantize=True))", checked="compressed-tensors 0.20.0 with transformers 5.23, run"),
     Loader(target="transformers", format="awq", bits=(4,),
            how=f"pip install optimum gptqmodel; {_PIPED}", checked="not run; transformers' AwqQuantizer"),
+    Loader(target="transformers", format="native",
+           how=f"pip install planish; planish.register(); {_PIPED}", checked="transformers 5.23, run"),
     Loader(target="llama.cpp", format=GGUF, how="llama-cli -m {path}", checked="llama-cpp-python, run"),
 )  # fmt: skip
 

@@ -22,6 +22,8 @@ from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, slot_groups
 from planish.fit.spans import Stage
 from planish.fit.whole import EndToEnd
+from planish.hf import attach
+from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.quant import QLinear, Quantizer
 from planish.recipes import build
@@ -76,8 +78,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             quantized = module.quantizer.quantize(module.weight)
             _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, module.weight.dtype))
     settle({name: module for name, module in model.named_modules() if parametrize.is_parametrized(module)})
-    model.requires_grad_(False)
-    return model
+    return attach(model.requires_grad_(False))
 
 
 def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Parameter]]:
@@ -89,6 +90,8 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Par
     packed = packed_layers(model)
     if not packed:
         raise PlanishError(f"{stage.name} trains a quantized model, and this one isn't; quantize it first")
+    if any(isinstance(layer, PackedEmbedding) for layer in packed.values()):
+        raise PlanishError(f"{stage.name} needs the embedding in 16 bits; quantize it last, with planish export")
     found: dict[str, list[nn.Parameter]] = {slot: [] for slot in stage.rates}
     for layer in packed.values():
         slots = [slot for slot in stage.rates if slot != "zero" or layer.zero is not None]

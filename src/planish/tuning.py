@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.integrations import get_available_reporting_integrations
 
+from planish.card import papers
 from planish.checkpoint import CheckpointWriter, replace
 from planish.data import sha256
 from planish.errors import PlanishError
@@ -262,7 +263,7 @@ def _from_float(
         resolved.format,
         source=resolved.source,
         tokenizer=run.tokenizer,
-        extra={"run.json": manifest.to_dict()},
+        extra=papers(manifest),
     )
     return manifest
 
@@ -319,7 +320,7 @@ def _from_quantized(
     )
     write_model(
         cast_parameters(model, source.dtype), writer, folder.format, source=source,
-        tokenizer=request.tokenizer, extra={"run.json": manifest.to_dict()},
+        tokenizer=request.tokenizer, extra=papers(manifest),
     )  # fmt: skip
     return manifest
 

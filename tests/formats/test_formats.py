@@ -1,5 +1,6 @@
 """Law 2: decode(encode(q)) == q bit for bit, or a refusal by name before any work."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,15 +13,19 @@ from planish.scheme import Scheme
 LAYER = "model.layers.0.mlp.up_proj"
 BITS = [2, 3, 4, 8]
 GROUPS = [32, 64, 128, None]
+READ_ONLY = {"awq"}
 each_format = pytest.mark.parametrize("name", FORMATS)
+each_written_format = pytest.mark.parametrize("name", [name for name in FORMATS if name not in READ_ONLY])
 
 
 def refused(name: str, scheme: Scheme, shape: tuple[int, int]) -> bool:
     """What each format is known not to hold."""
-    if name == "native":
-        return False
-    whole = shape[0] % 32 == 0 and shape[1] % 32 == 0 and shape[1] % scheme.group_in(shape[1]) == 0
-    return not whole or (name == "gptq" and not scheme.symmetric)
+    if name == "native" or name in READ_ONLY:
+        return name in READ_ONLY
+    ragged = shape[1] % scheme.group_in(shape[1]) != 0
+    if name == "compressed_tensors":
+        return ragged
+    return ragged or shape[0] % 32 != 0 or shape[1] % 32 != 0 or (name == "gptq" and not scheme.symmetric)
 
 
 @each_format
@@ -41,7 +46,7 @@ def test_round_trip_or_refusal(random_qtensor, name, bits, group, symmetric, sha
     tensors = known.encode(LAYER, q)
     assert all(tensor.is_contiguous() and key.startswith(LAYER + ".") for key, tensor in tensors.items())
     back = known.decode(LAYER, tensors, scheme, shape)
-    assert back.equal(q)
+    assert back.equal(q) and back.codes.is_contiguous() and back.scale.is_contiguous()
     assert torch.equal(back.dequantize(), q.dequantize())
 
 
@@ -52,11 +57,34 @@ def test_only_native_holds_offsets(random_qtensor, name) -> None:
     if name == "native":
         assert FORMATS[name].decode(LAYER, FORMATS[name].encode(LAYER, q), scheme, shape).equal(q)
     else:
-        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: .*offset.*--format native"):
+        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: .*(offset|read only).*--format .*native"):
             FORMATS[name].encode(LAYER, q)
 
 
+HOLDS_ORDER = {"native", "gptq", "gptq_v2"}
+
+
 @each_format
+def test_columns_in_another_order_are_held_or_refused(random_qtensor, name) -> None:
+    scheme, shape, known = Scheme(bits=4, group_size=32), (32, 128), FORMATS[name]
+    groups = torch.randperm(128, generator=torch.Generator().manual_seed(0)).view(4, 32)
+    ascending = dataclasses.replace(random_qtensor(scheme, shape), order=groups.sort(dim=1).values.flatten().int())
+    if name not in HOLDS_ORDER:
+        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: {name}.*(another order|read only).*--format .*native"):
+            known.encode(LAYER, ascending)
+        return
+    back = known.decode(LAYER, known.encode(LAYER, ascending), scheme, shape)
+    assert back.equal(ascending) and torch.equal(back.dequantize(), ascending.dequantize())
+    for order in (groups.flatten().int(), torch.arange(128, dtype=torch.int32)):
+        other = dataclasses.replace(ascending, order=order)
+        if name == "native":
+            assert known.decode(LAYER, known.encode(LAYER, other), scheme, shape).equal(other)
+            continue
+        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: {name} can't hold this order.*--format native"):
+            known.encode(LAYER, other)
+
+
+@each_written_format
 def test_a_missing_or_misshapen_tensor_is_named(random_qtensor, name) -> None:
     scheme, shape, known = Scheme(bits=4, group_size=32), (32, 128), FORMATS[name]
     tensors = known.encode(LAYER, random_qtensor(scheme, shape))
@@ -90,6 +118,8 @@ HELD = {
     "auto_round": set(CASES) - {"mixed symmetry"},
     "gptq": {"one scheme", "whole rows", "one part in 16 bits"},
     "gptq_v2": {"one scheme", "asymmetric", "whole rows", "one part in 16 bits"},
+    "compressed_tensors": set(CASES),
+    "awq": set(),
 }
 
 
@@ -132,7 +162,10 @@ def test_auto_is_native_for_ragged_groups() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "awq"}, "'awq'.*native, auto_round, gptq, gptq_v2"),
+        (
+            {"quant_method": "bitsandbytes"},
+            "'bitsandbytes'.*native, auto_round, gptq, gptq_v2, compressed_tensors, awq",
+        ),
         ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "gptq of dialect gptq_p"),
         ({}, "None"),
     ],

@@ -67,26 +67,64 @@ def test_group_index_counts_groups(random_qtensor) -> None:
     assert tensors[f"{LAYER}.g_idx"].dtype == torch.int32
 
 
-def test_reordered_columns_are_refused(random_qtensor) -> None:
+def test_act_order_is_read_as_the_format_says(random_qtensor) -> None:
+    scheme, shape = Scheme(bits=4, group_size=32, symmetric=False), (32, 96)
+    q = random_qtensor(scheme, shape)
+    tensors = FORMATS["gptq_v2"].encode(LAYER, q)
+    g_idx = torch.randperm(96, generator=torch.Generator().manual_seed(0)).int() // 32
+    tensors[f"{LAYER}.g_idx"] = g_idx
+    assert q.zero is not None
+    group = g_idx.long()
+    expected = q.scale.float()[:, group] * (q.codes.float() - q.zero.float()[:, group])
+    back = FORMATS["gptq_v2"].decode(LAYER, tensors, scheme, shape)
+    assert torch.equal(back.dequantize(), expected) and back.order is not None
+    again = FORMATS["gptq_v2"].encode(LAYER, back)
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+def test_groups_of_unequal_size_are_refused(random_qtensor) -> None:
     scheme = Scheme(bits=4, group_size=32)
     tensors = FORMATS["gptq"].encode(LAYER, random_qtensor(scheme, (32, 96)))
-    tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"].flip(0)
-    with pytest.raises(PlanishError, match="g_idx reorders columns"):
-        FORMATS["gptq"].decode(LAYER, tensors, scheme, (32, 96))
+    for wrong in (torch.zeros(96, dtype=torch.int32), torch.full((96,), -1, dtype=torch.int32)):
+        with pytest.raises(PlanishError, match=f"^{LAYER}.g_idx has groups that aren't of 32 columns"):
+            FORMATS["gptq"].decode(LAYER, tensors | {f"{LAYER}.g_idx": wrong}, scheme, (32, 96))
 
 
-def test_v1_reads_asymmetric_layers_of_others_unless_a_zero_point_is_beyond_the_codes() -> None:
-    scheme = Scheme(bits=4, group_size=32, symmetric=False)
-    codes = torch.randint(0, 16, (32, 32), dtype=torch.uint8)
-    zero = torch.arange(32, dtype=torch.uint8).view(32, 1) % 15 + 1
-    q = QTensor(codes=codes, scale=torch.ones(32, 1, dtype=torch.float16), zero=zero, bits=4, group_size=32)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_v1_reads_every_zero_point_that_was_subtracted_from_in_whole_words(random_qtensor, bits: int) -> None:
+    scheme = Scheme(bits=bits, group_size=32, symmetric=False)
+    q = random_qtensor(scheme, (32, 64))
+    assert q.zero is not None and bool((q.zero == 0).any()) and bool((q.zero == 2**bits - 1).any())
     tensors = FORMATS["gptq_v2"].encode(LAYER, q)
-    tensors[f"{LAYER}.qzeros"] -= 0x11111111  # what makes v2 into v1
+    tensors[f"{LAYER}.qzeros"] -= {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits]  # as GPTQModel does
+    assert FORMATS["gptq"].decode(LAYER, tensors, scheme, (32, 64)).equal(q)
+
+
+def test_v1_of_3_bits_reads_asymmetric_layers_unless_a_zero_point_is_beyond_the_codes() -> None:
+    scheme = Scheme(bits=3, group_size=32, symmetric=False)
+    zero = torch.arange(32, dtype=torch.uint8).view(32, 1) % 7 + 1
+    codes, scale = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32, 1, dtype=torch.float16)
+    q = QTensor(codes=codes, scale=scale, zero=zero - 1, bits=3, group_size=32)
+    tensors = FORMATS["gptq_v2"].encode(LAYER, q)
     back = FORMATS["gptq"].decode(LAYER, tensors, scheme, (32, 32))
     assert back.zero is not None and torch.equal(back.zero, zero)
     tensors[f"{LAYER}.qzeros"].fill_(-1)
-    with pytest.raises(PlanishError, match="zero points that w4g32asym can't have"):
+    with pytest.raises(PlanishError, match="zero points that w3g32asym can't have"):
         FORMATS["gptq"].decode(LAYER, tensors, scheme, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["gptq", "compressed_tensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_another_dtype_are_read_where_fp16_holds_them(random_qtensor, name: str, dtype: torch.dtype) -> None:
+    scheme, shape, known = Scheme(bits=4, group_size=32), (32, 64), FORMATS[name]
+    tensors = known.encode(LAYER, random_qtensor(scheme, shape))
+    key = next(key for key in tensors if "scale" in key)
+    tensors[key] = tensors[key].bfloat16().to(dtype)
+    back = known.decode(LAYER, tensors, scheme, shape).scale
+    assert torch.equal(back.float(), (tensors[key] if name != "gptq" else tensors[key].T).float())
+    tensors[key][0, 0] = 1e-7 if dtype == torch.float32 else 1e-9
+    with pytest.raises(PlanishError, match=f"^{key} has {dtype} values that fp16 can't hold"):
+        known.decode(LAYER, tensors, scheme, shape)
 
 
 def test_symmetric_configuration_with_asymmetric_zeros_is_refused(random_qtensor) -> None:

@@ -22,6 +22,13 @@ def test_tensors_are_named_as_in_qtensor_and_zeros_only_if_asymmetric(random_qte
     assert asymmetric["x.zero"].shape == (5, 1) and asymmetric["x.offset"].dtype == torch.float32
 
 
+def test_an_order_that_names_a_column_twice_is_refused(random_qtensor) -> None:
+    scheme, shape = Scheme.parse("w4g32"), (32, 64)
+    tensors = native.encode("x", random_qtensor(scheme, shape)) | {"x.order": torch.zeros(64, dtype=torch.int32)}
+    with pytest.raises(PlanishError, match="^x.order doesn't name each column once"):
+        native.decode("x", tensors, scheme, shape)
+
+
 def test_configuration_writes_only_what_differs() -> None:
     default = Scheme.parse("w2g32")
     schemes = {layer: None if layer == "lm_head" else default for layer in SHAPES}

@@ -3,7 +3,8 @@
     python client.py ROUTE FOLDER PROMPT LOGITS
 
 ROUTE: `transformers` (AutoModelForCausalLM, the loader that config.json names), `auto-round-config` (the
-same, a GPTQ checkpoint read by auto-round through AutoRoundConfig) or `gptqmodel` (its own loader).
+same, a GPTQ checkpoint read by auto-round through AutoRoundConfig), `dequantize` (the same, compressed-tensors
+turned into a plain model while it is loaded) or `gptqmodel` (its own loader).
 PROMPT is JSON: {"ids": [...], "dtype": "float16"}. LOGITS is a safetensors file whose metadata name the
 classes that stood in for the linears. Knows nothing of Planish.
 """
@@ -22,9 +23,10 @@ def load(route: str, folder: str, dtype: torch.dtype) -> torch.nn.Module:
         from gptqmodel import GPTQModel
 
         return GPTQModel.load(folder, device="cpu", dtype=dtype).model.eval()
-    from transformers import AutoModelForCausalLM, AutoRoundConfig
+    from transformers import AutoModelForCausalLM, AutoRoundConfig, CompressedTensorsConfig
 
-    config = {"quantization_config": AutoRoundConfig()} if route == "auto-round-config" else {}
+    configs = {"auto-round-config": AutoRoundConfig, "dequantize": lambda: CompressedTensorsConfig(dequantize=True)}
+    config = {"quantization_config": configs[route]()} if route in configs else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **config).eval()
 
 
@@ -35,7 +37,9 @@ def main(route: str, folder: str, prompt: str, logits: str) -> None:
     model = load(route, folder, getattr(torch, asked["dtype"]))
     with torch.no_grad():
         output = model(torch.tensor([asked["ids"]])).logits[0]
-    kinds = Counter(type(module).__name__ for module in model.modules() if hasattr(module, "qweight"))
+    marks = ("qweight", "quantization_scheme")  # of GPTQ's kin, of compressed-tensors'
+    packed = [module for module in model.modules() if any(hasattr(module, mark) for mark in marks)]
+    kinds = Counter(type(module).__name__ for module in packed)
     found = {"layers": json.dumps(kinds), "dtype": str(output.dtype).removeprefix("torch.")}
     save_file({"logits": output.float().contiguous()}, logits, metadata=found)
 

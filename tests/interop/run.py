@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -62,13 +62,16 @@ CLIENTS = {
             ),
             ("gptqmodel", "optimum", "transformers"),
         ),
+        Client("compressed-tensors", (("compressed-tensors==0.20.0", TRANSFORMERS, "accelerate"),),
+               ("compressed-tensors", "transformers")),
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint and who loads it; `through` is a dtype that the client rounds weights to before `dtype`."""
+    """One checkpoint and who loads it; `through` is a dtype that the client rounds weights to before `dtype`, and
+    `scales` one that it rounds scales to."""
 
     format: str
     scheme: str
@@ -76,6 +79,7 @@ class Case:
     route: str
     dtype: str = "float16"
     through: str | None = None
+    scales: str | None = None
     layers: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     recipe: str = "rtn"
@@ -105,6 +109,15 @@ CASES = [
     Case("gptq", "w2g64", "gptqmodel", "gptqmodel", ignore=("v_proj",)),
     Case("gptq_v2", "w4g64asym", "gptqmodel", "gptqmodel"),
     Case("gptq_v2", "w2g64asym", "gptqmodel", "transformers"),
+    *(Case("compressed_tensors", scheme, "compressed-tensors", "transformers")
+      for scheme in ("w4g64", "w3g64", "w2g64", "w8g64", "w4pc")),
+    *(Case("compressed_tensors", scheme, "compressed-tensors", "dequantize")
+      for scheme in ("w4g64asym", "w3g64asym", "w2g64asym", "w8g64asym", "w4pcasym")),
+    Case("compressed_tensors", "w3g64", "compressed-tensors", "transformers", "bfloat16", scales="bfloat16",
+         recipe="signround", keys={"steps": 3}),
+    Case("compressed_tensors", "w2g64", "compressed-tensors", "transformers", layers=("down_proj=w4g32",),
+         ignore=("k_proj",)),
+    Case("compressed_tensors", "w2g64", "compressed-tensors", "transformers", recipe="signround", keys={"steps": 3}),
 ]  # fmt: skip
 
 
@@ -159,6 +172,13 @@ def write(case: Case, source: str, out: Path) -> tuple[dict[str, QTensor], dict[
     return dict(folder.layers()), norms
 
 
+def with_scales(quantized: dict[str, QTensor], dtype: str | None) -> dict[str, QTensor]:
+    """The same with scales rounded to a dtype, fp16 again."""
+    if dtype is None:
+        return quantized
+    return {name: replace(q, scale=q.scale.to(getattr(torch, dtype)).half()) for name, q in quantized.items()}
+
+
 def logits_of(model: nn.Module, quantized: dict[str, QTensor], ids: list[int], through: str | None = None) -> Tensor:
     """Our own logits [tokens, vocabulary]: plain linears with the dequantized weights."""
     for name, q in quantized.items():
@@ -195,7 +215,7 @@ def run(case: Case, source: str, python: Path) -> dict[str, Any]:
         quantized, norms = write(case, source, Path(scratch) / "model")
         for name, norm in norms.items():
             model.get_parameter(name).data.copy_(norm)
-        ours = logits_of(model, quantized, ids, case.through)
+        ours = logits_of(model, with_scales(quantized, case.scales), ids, case.through)
         once = logits_of(model, quantized, ids)
         try:
             logits, said = theirs(python, case, Path(scratch) / "model", ids)
@@ -208,7 +228,7 @@ def run(case: Case, source: str, python: Path) -> dict[str, Any]:
         "relative_to_unquantized": distance(ours, plain),
         "same_top_token": float((logits.argmax(-1) == ours.argmax(-1)).float().mean()),
         "layers": layers,
-        "all_layers_packed": sum(layers.values()) == len(quantized),
+        "all_layers_packed": sum(layers.values()) == (0 if case.route == "dequantize" else len(quantized)),
     }
 
 

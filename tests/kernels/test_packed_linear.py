@@ -1,6 +1,7 @@
 """PackedLinear as a module: moved, cast, copied, saved, traced, and inside a model that generates."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from planish.qtensor import QTensor
 def random_qtensor(out_features, in_features, group=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     grid = (out_features, -(-in_features // group))
-    return QTensor(codes=torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8),
-                   scale=(torch.rand(grid, generator=generator) * 0.1 + 0.01).half(),
-                   zero=torch.randint(0, 16, grid, generator=generator, dtype=torch.uint8),
-                   bits=4, group_size=group)
+    return QTensor(
+        codes=torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.uint8),
+        scale=(torch.rand(grid, generator=generator) * 0.1 + 0.01).half(),
+        zero=torch.randint(0, 16, grid, generator=generator, dtype=torch.uint8),
+        bits=4,
+        group_size=group,
+    )
 
 
 @pytest.fixture
@@ -96,6 +100,23 @@ def test_scale_and_zero_become_parameters(layer):
     layer.freeze()
     assert list(layer.parameters()) == [] and layer.qtensor().equal(q) and not layer.trainable
     assert (layer.scale.dtype, layer.zero.dtype) == (torch.float16, torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_columns_in_another_order_multiply_as_the_weight_does(dtype, rows):
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).int()
+    q = dataclasses.replace(random_qtensor(16, 64), order=order)
+    layer, x = PackedLinear.from_qtensor(q, torch.randn(16), dtype), torch.randn(rows, 64).to(dtype)
+    expected = functional.linear(x, q.dequantize(dtype), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+    assert layer.qtensor().equal(q) and set(layer.state_dict()) == {"codes", "scale", "zero", "order", "bias"}
+    x.requires_grad_()
+    layer.make_trainable(["scale"])
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, q.dequantize(dtype).sum(0).expand_as(x), rtol=2e-2, atol=2e-2)
+    layer.freeze()
+    assert layer.qtensor().equal(q) and layer.to(torch.bfloat16).order.dtype == torch.int32
 
 
 @pytest.mark.parametrize("slots", [["scale"], ["zero"], ["scale", "zero"]], ids="+".join)
@@ -187,12 +208,19 @@ def test_a_model_generates_with_it(tiny_llama):
     for block in model.model.layers:
         for name in ("gate_proj", "up_proj"):
             linear = getattr(block.mlp, name)
-            setattr(block.mlp, name, PackedLinear.from_qtensor(random_qtensor(*linear.weight.shape), None,
-                                                               torch.bfloat16))
+            setattr(
+                block.mlp, name, PackedLinear.from_qtensor(random_qtensor(*linear.weight.shape), None, torch.bfloat16)
+            )
     prompt = torch.arange(5)[None]
     with torch.no_grad():
-        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4,
-                                do_sample=False, pad_token_id=0)
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
     assert tokens.shape == (1, 9)
 
 

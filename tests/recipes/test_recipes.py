@@ -114,14 +114,14 @@ def test_keys_win_over_the_preset_and_the_rate_follows_the_steps() -> None:
         ("trim", "0.01", 0.01),
         ("trim", "0", 0.0),
         ("rate", "1e-3", 1e-3),
-        ("target", "quantized", "quantized"),
+        ("prefix", "quantized", "quantized"),
         *[("compile", text, True) for text in ("true", "True", "1", "yes")],
         *[("compile", text, False) for text in ("false", "FALSE", "0", "no")],
     ],
 )
 def test_text_is_read_as_the_keys_type(key: str, text: str, expected: Any) -> None:
     fit = fit_of(build("signround", None, {key: text}))
-    found = fit.rates["rounding"] if key == "rate" else getattr(fit, key)
+    found = fit.rates["rounding"] if key == "rate" else getattr(fit, "target" if key == "prefix" else key)
     assert found == expected and type(found) is type(expected)
 
 
@@ -143,7 +143,7 @@ def test_values_that_have_their_type_pass_through() -> None:
         ("signround", None, {"steps": "2.5"}, "steps='2.5' isn't a number"),
         ("signround", None, {"trim": "few"}, "trim='few' isn't a number"),
         ("signround", None, {"compile": "perhaps"}, "compile='perhaps' isn't true or false"),
-        ("signround", None, {"target": "flaot"}, "target='flaot': did you mean 'float'?"),
+        ("signround", None, {"prefix": "flaot"}, "target='flaot': did you mean 'float'?"),
         ("signround", None, {"trim": "2"}, "trim=2.0 isn't a share"),
         ("signround", None, {"steps": "0"}, "steps, batch size, holdout, checks and span must be 1 or more"),
         ("signround", None, {"span": -1}, "must be 1 or more"),

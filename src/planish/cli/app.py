@@ -23,6 +23,8 @@ Take a Hugging Face language model to 2, 3 or 4 bits.
   planish finetune q2 --data chats.jsonl --out q2-tuned
   planish eval q4 --ppl wiki.test.raw
   planish generate q4 "What is a planishing hammer?"
+  planish export q4 --target vllm --out q4-vllm
+  planish report q4 q2 --out report.html
 
 A scheme is written as w4g128 (4 bits, one scale for 128 weights), w2g64asym (with zero points) or
 w4pc (one scale a row). Each verb's --help has examples of its own.
@@ -39,6 +41,9 @@ Folder = Annotated[str, Argument(metavar="DIR", help="A folder or hub id, quanti
 Device = Annotated[str | None, optional("cpu, cuda, cuda:1; the GPU if there is one.")]
 Seqlen = Annotated[int, Option(help="Tokens of a window.")]
 Pairs = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_default=False)]
+Format = Annotated[str, Option(help="On disk: auto, auto_round, gptq, gptq_v2, compressed_tensors, native, gguf.")]
+Target = Annotated[str | None, optional("Who shall load it: vllm, sglang, transformers, llama.cpp.")]
+TensorParallel = Annotated[int, Option("--tp", help="GPUs that vllm or sglang will cut a layer for.")]
 Out = Annotated[Path | None, optional("Folder to write; must be new or empty.")]
 
 

@@ -1,4 +1,4 @@
-"""Verbs that make a checkpoint: quantize, finetune."""
+"""Verbs that make a checkpoint: quantize, finetune, export; and plan, which says what quantize would take."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from planish.cli.app import Device, ModelName, Out, Pairs, app, optional
+from planish.cli.app import Device, Folder, Format, ModelName, Out, Pairs, Target, TensorParallel, app, optional
 from planish.cli.show import disk_bytes, say, show_event, size
 from planish.errors import PlanishError
 
@@ -26,6 +26,9 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
     planish quantize ./model --layers down_proj=w8 --ignore o_proj --out q4
   hours of work that a kill must not cost; the same command goes on:
     planish quantize ./model --preset best --resume --out q4
+  for a server, which decides on the format and what it can hold:
+    planish quantize ./model --target vllm --tp 2 --out q4
+    planish quantize ./model --bits 2 --target llama.cpp --embeddings 8 --out q2
   a method of your own, with its own keys:
     planish quantize ./model --recipe ./mine.py:mine steps=50 --out q4
 
@@ -66,7 +69,10 @@ def quantize(
     seqlen: Annotated[int | None, optional("Tokens of a window; 2048 unless the preset says.")] = None,
     layers: Annotated[list[str] | None, optional("Scheme of some linears.", metavar="REGEX=SCHEME")] = None,
     ignore: Annotated[list[str] | None, optional("Linears to leave in 16 bits.", metavar="REGEX")] = None,
-    format: Annotated[str, Option(help="On disk: auto, auto_round, gptq, gptq_v2, native.")] = "auto",
+    format: Format = "auto",
+    target: Target = None,
+    tp: TensorParallel = 1,
+    embeddings: Annotated[int, Option(help="Bits of embedding and head: 16, 8, 4 (native, gguf).")] = 16,
     device: Device = None,
     batch_size: Annotated[int | None, optional("Windows a step; the recipe's own if not given.")] = None,
     seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,
@@ -92,6 +98,9 @@ def quantize(
         layers=tuple(layers or ()),
         ignore=tuple(ignore or ()),
         format=format,
+        target=target,
+        tp=tp,
+        embeddings=embeddings,
         device=device,
         batch_size=batch_size,
         seed=seed,
@@ -165,6 +174,33 @@ def finetune(
         keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size", *_of_blocks(own)))},
     )
     say(f"wrote {out} ({size(disk_bytes(out))}); next: planish eval {out} --seqlen 512")
+
+
+@app.command(no_args_is_help=True)
+def export(
+    folder: Folder,
+    out: Out = None,
+    format: Annotated[str | None, optional("On disk; see planish quantize --help.")] = None,
+    target: Target = None,
+    tp: TensorParallel = 1,
+    embeddings: Annotated[int | None, optional("Bits of embedding and head, if they are in 16: 8 or 4.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in --out.")] = False,
+) -> None:
+    """Write a quantized checkpoint in another format; every code, scale and zero stays.
+
+    \b
+      planish export q4 --format gptq --out q4-gptq
+      planish export q2 --target vllm --out q2-vllm
+      planish export q4 --format gguf --out q4.gguf
+    """
+    if out is None:
+        raise PlanishError("where to? give a new folder, or a file.gguf, with --out")
+    import planish
+
+    written = planish.export(
+        folder, out, format=format, target=target, tp=tp, embeddings=embeddings, overwrite=overwrite
+    )
+    say(f"wrote {written} ({size(disk_bytes(written))})")
 
 
 def _scheme(scheme: str | None, bits: int | None) -> str:

@@ -1,5 +1,6 @@
-"""Verbs that read: recipes, eval, generate, info."""
+"""Verbs that read: recipes, eval, generate, info, report."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -7,7 +8,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from planish.cli.app import Device, Folder, Seqlen, app, optional
-from planish.cli.show import pairs_text, say, show_linears, show_recipe, size
+from planish.cli.show import say, show_linears, show_recipe, size
 from planish.errors import PlanishError
 
 
@@ -49,12 +50,18 @@ def evaluate(
       quick, on the language reference that Python carries:
         planish eval q4 --seqlen 512 --limit 16
 
-    Non-overlapping windows, no BOS, float32 logits.
+    Non-overlapping windows, no BOS, float32 logits. The figure is kept in DIR/eval.json, for planish report.
     """
     import planish
+    from planish.card import refresh
+    from planish.eval import record
 
     loaded = planish.load(folder, device=device)
     value = planish.perplexity(loaded, ppl, seqlen=seqlen, batch_size=batch_size, limit=limit)
+    if (where := Path(folder)).is_dir():
+        before = record.read(where)
+        record.record_perplexity(where, ppl, seqlen, limit, value)
+        refresh(where, before)
     say(f"perplexity {value:.4g}   ({ppl}, windows of {seqlen}{f', the first {limit}' if limit else ''})")
 
 
@@ -102,30 +109,29 @@ def info(
       planish info q4
       planish info ./model --linears
     """
-    from planish.arch import discover
-    from planish.arch import linears as linears_of
-    from planish.folder import QuantizedFolder
-    from planish.log import RunManifest
-    from planish.source import open_source
+    from planish import api
 
-    quantized = QuantizedFolder.open(folder)
-    source = quantized.source if quantized else open_source(folder)
-    model = source.skeleton()
-    shapes = linears_of(discover(model), model)
-    schemes = {name: str(quantized.schemes.get(name, "16-bit")) if quantized else "16-bit" for name in shapes}
-    count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{folder}: {type(model).__name__}, {count / 1e6:.1f} M parameters")
-    if source.folder is not None:
-        stored = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-        say(f"{size(stored)} on disk, {8 * stored / count:.2f} bits a weight with embeddings")
-        if manifest := RunManifest.read(source.folder):
-            say(
-                f"made by {manifest.recipe} {pairs_text(manifest.keys)} of {manifest.model}, data {manifest.data}: "
-                f"{manifest.samples} x {manifest.seqlen} tokens, seed {manifest.seed}"
-            )
-    if quantized:
-        say(f"format {quantized.format.name}: {len(quantized.schemes)} of {len(shapes)} linears are quantized")
-    show_linears(shapes, schemes, every=linears)
+    found = api.info(folder)
+    say("\n".join(found.summary()))
+    if found.source.folder is not None:
+        say(f"{size(sum(file.stat().st_size for file in found.source.folder.glob('*.safetensors')))} on disk")
+    show_linears(found.shapes, {name: str(found.schemes.get(name, "16-bit")) for name in found.shapes}, every=linears)
+
+
+@app.command(no_args_is_help=True)
+def report(
+    folders: Annotated[list[Path], Argument(metavar="DIR...", show_default=False)],
+    out: Annotated[Path, Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page on checkpoints: how they were made, loss and error by layer, what was measured.
+
+    \b
+      planish report q4
+      planish report q4 q3 q2 --out compare.html
+    """
+    from planish.report import write_report
+
+    say(f"wrote {write_report(folders, out)}")
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> Any:

@@ -59,8 +59,11 @@ def pairs_text(keys: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
-def disk_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+def disk_bytes(path: Path) -> int:
+    """Of a file, or of the files in a folder."""
+    return (
+        path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    )
 
 
 def size(count: int) -> str:

@@ -76,6 +76,7 @@ class Job:
         keep: takes other tensors of the blocks that were trained, by full name.
         first: block to begin with; those before it are finished, and the streams stand behind them.
         finished: told after each span how many blocks are finished, and how its fit went.
+        errors: by linear how far W_hat is from the float weight W: |W_hat - W| / |W|, filled as they are finished.
     """
 
     stage: Stage
@@ -90,6 +91,7 @@ class Job:
     clock: Clock = field(default_factory=Clock)
     first: int = 0
     finished: Callable[[int, Outcome | None], None] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
@@ -163,8 +165,10 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
         assert job.keep is not None, "norms are trained and nobody takes them"
         job.keep(name, value)
     for name, quantizer in quantizers.items():
-        quantized = quantizer.quantize(linears[name].weight)
-        linears[name].weight.data = quantized.dequantize(linears[name].weight.dtype)
+        weight = linears[name].weight.detach()
+        quantized = quantizer.quantize(weight)
+        linears[name].weight.data = quantized.dequantize(weight.dtype)
+        job.errors[name] = _relative_error(linears[name].weight.detach(), weight)
         _replace(job, span, name, linears[name])
         job.sink(name, quantized)
     for index, block in span.items():
@@ -184,6 +188,12 @@ def _load(job: Job, indices: range) -> tuple[dict[int, nn.Module], dict[str, nn.
             (name, module) for name, module in named if isinstance(module, nn.Linear) and name in job.schemes
         )
     return span, linears
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|, without a copy in fp32."""
+    norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in (found - wanted, wanted)]
+    return float(norms[0] / norms[1]) if norms[1] > 0 else 0.0
 
 
 def _attach(

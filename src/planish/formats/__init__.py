@@ -1,22 +1,55 @@
 """Formats: pairs of pure functions between QTensors and named tensors on disk. The list is FORMATS.
 
-native       holds everything: any group, offsets, mixed bits; what unfinished runs are kept in
-auto_round   auto-round in transformers; vLLM if symmetric
-gptq         GPTQ v1 (zero points stored as z - 1): GPTQModel, vLLM, SGLang; symmetric only
-gptq_v2      GPTQ v2 (zero points as they are): GPTQModel
+native              holds everything: any group, offsets, mixed bits; what unfinished runs are kept in
+auto_round          auto-round in transformers; vLLM if symmetric
+gptq                GPTQ v1 (zero points stored as z - 1): GPTQModel, vLLM, SGLang; symmetric only
+gptq_v2             GPTQ v2 (zero points as they are): GPTQModel
+compressed_tensors  pack-quantized: vLLM, SGLang, compressed-tensors in transformers
+awq                 read only
+
+DIALECTS are spellings of these that others write and we only read.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from planish.errors import PlanishError, UnsupportedScheme
-from planish.formats.auto_round import auto_round
+from planish.formats.auto_round import PACKING, auto_round
+from planish.formats.awq import awq
+from planish.formats.compressed_tensors import compressed_tensors
 from planish.formats.format import Format
 from planish.formats.gptq import dialect, gptq, gptq_v2
 from planish.formats.native import native
 from planish.scheme import Scheme
 
-FORMATS = {"native": native, "auto_round": auto_round, "gptq": gptq, "gptq_v2": gptq_v2}
+FORMATS = {
+    "native": native,
+    "auto_round": auto_round,
+    "gptq": gptq,
+    "gptq_v2": gptq_v2,
+    "compressed_tensors": compressed_tensors,
+    "awq": awq,
+}
+
+
+def _auto_round_by(tensors: Format, packing: str) -> Format:
+    """AutoRound's configuration, its tensors those of another format."""
+
+    def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Scheme]:
+        return auto_round.schemes({**config, "packing_format": PACKING[bool(config.get("sym"))][0]}, shapes)
+
+    def detect(config: Mapping[str, Any]) -> bool:
+        symmetric = config.get("sym") and packing in PACKING[True]
+        return auto_round.detect(config) and config.get("packing_format") == packing and not symmetric
+
+    return replace(auto_round, decode=tensors.decode, schemes=schemes, detect=detect)
+
+
+DIALECTS = (
+    _auto_round_by(awq, "auto_round:auto_awq"),
+    _auto_round_by(gptq, "auto_round:auto_gptq"),  # asymmetric; symmetric ones are auto_round itself
+)
 
 
 def detect(quantization_config: Mapping[str, Any]) -> Format:
@@ -28,7 +61,7 @@ def detect(quantization_config: Mapping[str, Any]) -> Format:
     Raises:
         PlanishError: if it is none of FORMATS.
     """
-    for known in FORMATS.values():
+    for known in (*DIALECTS, *FORMATS.values()):
         if known.detect(quantization_config):
             return known
     method = quantization_config.get("quant_method")

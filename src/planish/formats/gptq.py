@@ -5,12 +5,13 @@ Tensors of a layer X with weight [out, in], groups of g and G = in / g (bit stre
     X.qweight  int32 [in * bits / 32, out]   codes, packed along `in`
     X.qzeros   int32 [G, out * bits / 32]    zero points, packed along `out`
     X.scales   fp16  [G, out]
-    X.g_idx    int32 [in]                    i // g
+    X.g_idx    int32 [in]                    group of each column: i // g but for others' act-order models
 
-Two dialects: `gptq` (v1) stores z - 1 and its readers add 1, so that z = 0 doesn't exist in it; `gptq_v2`
-stores z. A symmetric z is 2^(bits-1) and always fits. Any z in [0, 2^bits - 1] may occur in an
-asymmetric layer and only its scheme is known before the work, so v1 holds symmetric layers only. One
-scheme for all layers: transformers ignores GPTQModel's per-layer overrides and would read garbage.
+Two dialects: `gptq` (v1) stores z - 1 and its readers add 1; `gptq_v2` stores z. Where a z is 0, v1's writers
+differ (the borrow goes into the next field, or it doesn't, or z becomes 1) and so do its readers. Any z may occur
+in an asymmetric layer and only its scheme is known before the work, so we write symmetric layers only in v1.
+We read what GPTQModel writes: it subtracts from whole words, all but 3 bits, and adding undoes that exactly.
+One scheme for all layers: transformers ignores GPTQModel's per-layer overrides and would read garbage.
 """
 
 import re
@@ -25,7 +26,7 @@ from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
 from planish.formats.layers import block_of, most_common, take, within_block
 from planish.formats.pack import WORD, pack, unpack
-from planish.qtensor import QTensor, midpoint
+from planish.qtensor import QTensor, midpoint, own_columns
 from planish.scheme import Scheme
 
 
@@ -37,20 +38,27 @@ def check_layout(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) 
             f"{layer}: {name} needs outputs and inputs in multiples of {WORD}, "
             f"not {out_features} x {in_features}; use --format native"
         )
+    check_groups(name, layer, scheme, in_features)
+
+
+def check_groups(name: str, layer: str, scheme: Scheme, in_features: int) -> None:
+    """Raise UnsupportedScheme if the last group of a row would be shorter."""
     group = scheme.group_in(in_features)
     if in_features % group:
-        divides = next(size for size in (128, 64, 32) if in_features % size == 0)
+        divides = next(
+            (f"a group that divides them, such as {g}" for g in (128, 64, 32, 8) if in_features % g == 0), "pc"
+        )
         raise UnsupportedScheme(
             f"{layer}: {name} can't hold groups of {group} that don't divide its {in_features} inputs; "
-            f"use --format native, or a group that divides them, such as {divides}"
+            f"use --format native, or {divides}"
         )
 
 
 def encode_layout(layer: str, q: QTensor, shift: int) -> dict[str, Tensor]:
-    """qweight, qzeros and scales of one layer; what is stored of a zero point z is z - shift."""
+    """qweight, qzeros and scales of one layer, columns in the weight's own order; of a zero point z, z - shift."""
     zero = torch.full_like(q.scale, midpoint(q.bits), dtype=torch.uint8) if q.zero is None else q.zero
     return {
-        f"{layer}.qweight": pack(q.codes.T, q.bits, 0),
+        f"{layer}.qweight": pack(own_columns(q.codes, q.order).T, q.bits, 0),
         f"{layer}.qzeros": pack((zero - shift).T, q.bits, 1),
         f"{layer}.scales": q.scale.T.contiguous(),
     }
@@ -62,28 +70,80 @@ def decode_layout(
     """The QTensor of one layer whose stored zero points are z - shift.
 
     Raises:
-        PlanishError: if a tensor is missing or isn't what the scheme and shape promise.
+        PlanishError: if a tensor is missing or isn't what the scheme and shape promise, or a scale has no fp16.
     """
     out_features, in_features = shape
     bits, group = scheme.bits, scheme.group_in(in_features)
     groups = in_features // group
     qweight = take(tensors, f"{layer}.qweight", (in_features * bits // WORD, out_features), torch.int32)
     qzeros = take(tensors, f"{layer}.qzeros", (groups, out_features * bits // WORD), torch.int32)
-    scales = take(tensors, f"{layer}.scales", (groups, out_features), torch.float16)
+    scales = take_scale(tensors, f"{layer}.scales", (groups, out_features))
+    if shift and WORD % bits == 0:
+        qzeros, shift = qzeros + sum(1 << low for low in range(0, WORD, bits)), 0
     zero = unpack(qzeros, bits, 1, out_features).T.to(torch.int16) + shift
     if int(zero.max()) >= 2**bits or (scheme.symmetric and not bool((zero == midpoint(bits)).all())):
         raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; check config.json")
+    order = read_order(tensors, f"{layer}.g_idx", in_features, group)
+    codes = unpack(qweight, bits, 0, in_features).T
     return QTensor(
-        codes=unpack(qweight, bits, 0, in_features).T.contiguous(),
+        codes=codes.contiguous() if order is None else codes.index_select(1, order),
         scale=scales.T.contiguous(),
         zero=None if scheme.symmetric else zero.to(torch.uint8).contiguous(),
         bits=bits,
         group_size=group,
+        order=order,
     )
 
 
-def scheme_of(name: str, layer: str, q: QTensor) -> Scheme:
-    """The Scheme of a QTensor; refuses an offset, which only the native format holds."""
+def read_order(tensors: Mapping[str, Tensor], name: str, in_features: int, group: int) -> Tensor | None:
+    """The order of columns, int32 [in], by each one's group; None if they lie in order or there is no such tensor.
+
+    Raises:
+        PlanishError: if the groups don't have `group` columns each.
+    """
+    if name not in tensors:
+        return None
+    g_idx = take(tensors, name, (in_features,), torch.int32)
+    plain = torch.arange(in_features, device=g_idx.device) // group
+    if torch.equal(g_idx, plain):
+        return None
+    order = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx[order], plain):
+        raise PlanishError(f"{name} has groups that aren't of {group} columns; check group_size in config.json")
+    return order.int()
+
+
+def group_index(name: str, layer: str, q: QTensor) -> Tensor:
+    """g_idx int32 [in]; refuses an order that `read_order` wouldn't find again."""
+    plain = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device) // q.group_size
+    if q.order is None:
+        return plain
+    g_idx = plain[torch.argsort(q.order)]
+    found = read_order({"g_idx": g_idx}, "g_idx", q.shape[1], q.group_size)
+    if found is None or not torch.equal(found, q.order):
+        raise UnsupportedScheme(f"{layer}: {name} can't hold this order of columns; use --format native")
+    return g_idx
+
+
+def take_scale(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A scale of a checkpoint as fp16; bf16 and fp32 are read where every value has an fp16.
+
+    Raises:
+        PlanishError: if it is missing, has another shape or dtype, or a value without an fp16.
+    """
+    found = tensors[name].dtype if name in tensors else torch.float16
+    wide = found in (torch.bfloat16, torch.float32)
+    scale = take(tensors, name, shape, found if wide else torch.float16)
+    if not torch.equal(scale.half().to(found), scale):
+        raise PlanishError(f"{name} has {found} values that fp16 can't hold; quantize the 16-bit original instead")
+    return scale.half()
+
+
+def scheme_of(name: str, layer: str, q: QTensor, *, ordered: bool = False) -> Scheme:
+    """The Scheme of a QTensor; refuses an offset, which only the native format holds, and unless `ordered` an order
+    of columns."""
+    if q.order is not None and not ordered:
+        raise UnsupportedScheme(f"{layer}: {name} can't hold columns in another order; use --format native")
     if q.offset is not None:
         raise UnsupportedScheme(f"{layer}: {name} can't hold offsets in weight units; use --format native")
     group = None if q.group_size == q.shape[1] else q.group_size
@@ -105,21 +165,15 @@ def check(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None
 
 def encode(name: str, shift: int, layer: str, q: QTensor) -> dict[str, Tensor]:
     """Named tensors of one layer."""
-    check(name, layer, scheme_of(name, layer, q), q.shape)
-    g_idx = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device) // q.group_size
-    return encode_layout(layer, q, shift) | {f"{layer}.g_idx": g_idx}
+    check(name, layer, scheme_of(name, layer, q, ordered=True), q.shape)
+    return encode_layout(layer, q, shift) | {f"{layer}.g_idx": group_index(name, layer, q)}
 
 
 def decode(
     name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
 ) -> QTensor:
-    """The QTensor of one layer; refuses columns in another order than their own (act-order)."""
+    """The QTensor of one layer, its columns sorted by their groups."""
     check_layout(name, layer, scheme, shape)
-    g_idx = tensors.get(f"{layer}.g_idx")
-    if g_idx is not None:
-        plain = torch.arange(shape[1], device=g_idx.device) // scheme.group_in(shape[1])
-        if not torch.equal(g_idx.long(), plain):
-            raise PlanishError(f"{layer}.g_idx reorders columns; Planish reads only models without desc_act")
     return decode_layout(layer, tensors, scheme, shape, shift)
 
 

@@ -6,6 +6,7 @@ Tensors of a layer X with weight [out, in] and G groups a row, named as QTensor 
     X.scale    fp16  [out, G]
     X.zero     int32 [out, ceil(G * bits / 32)]    only if asymmetric; bit stream along each row
     X.offset   fp32  [out, G]                      only if the layer has one
+    X.order    int32 [in]                          only if columns have an order of their own
 
     "quantization_config": {"quant_method": "planish", "format_version": 1, "scheme": "w2g64",
                             "layers": {"model.layers.0.mlp.down_proj": "w4g64", "lm_head": "w4pc"}}
@@ -42,6 +43,8 @@ def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
         tensors[f"{layer}.zero"] = pack(q.zero, q.bits, 1)
     if q.offset is not None:
         tensors[f"{layer}.offset"] = q.offset.contiguous()
+    if q.order is not None:
+        tensors[f"{layer}.order"] = q.order.contiguous()
     return tensors
 
 
@@ -59,6 +62,9 @@ def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tup
         packed = take(tensors, f"{layer}.zero", (out_features, words_for(grid[1], bits)), torch.int32)
         zero = unpack(packed, bits, 1, grid[1])
     has_offset = f"{layer}.offset" in tensors
+    order = take(tensors, f"{layer}.order", (in_features,), torch.int32) if f"{layer}.order" in tensors else None
+    if order is not None and not torch.equal(order.sort().values.long(), torch.arange(in_features, device=order.device)):
+        raise PlanishError(f"{layer}.order doesn't name each column once; the checkpoint is damaged")
     return QTensor(
         codes=unpack(words, bits, 1, in_features),
         scale=take(tensors, f"{layer}.scale", grid, torch.float16),
@@ -66,6 +72,7 @@ def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tup
         offset=take(tensors, f"{layer}.offset", grid, torch.float32) if has_offset else None,
         bits=bits,
         group_size=scheme.group_in(in_features),
+        order=order,
     )
 
 

@@ -3,7 +3,8 @@
     y = x W_hat^T + b,   W_hat = s * (Q - z) + o
 
 Which kernel multiplies is chosen call by call (`planish.kernels.choose`). A kernel that wants the weight in
-a layout of its own makes it at its first call. Scale and zero can be made trainable, the codes never are.
+a layout of its own makes it at its first call. Where the codes' columns have an order of their own, x is put
+in that order first, and no kernel knows. Scale and zero can be made trainable, the codes never are.
 Knows nothing of how the codes were found, nor of files.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from planish.errors import PlanishError, nearest
 from planish.kernels import choose, train
 from planish.kernels.pack import Packed
-from planish.qtensor import QTensor, store
+from planish.qtensor import PARTS, QTensor, store
 from planish.scheme import Scheme
 
 SLOTS = ("scale", "zero")
@@ -38,13 +39,14 @@ class PackedLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     offset: Tensor | None
+    order: Tensor | None
     bias: Tensor | None
 
     def __init__(self, weight: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
-        for name in ("codes", "scale", "zero", "offset"):
+        for name in PARTS:
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("bias", bias)
         self._cache: dict[str, Tensor] = {}
@@ -54,7 +56,7 @@ class PackedLinear(nn.Module):
         """Pack a QTensor.
 
         Args:
-            q: the weight; its scale, zero and offset are held as they are, not copied.
+            q: the weight; its scale, zero, offset and order are held as they are, not copied.
             bias: float [out], or None.
             dtype: what the bias is held in; activations may come in any float dtype.
         """
@@ -111,10 +113,11 @@ class PackedLinear(nn.Module):
         """The weight as `freeze` would leave it, detached."""
         weight = self._weight(self.scale.detach(), None if self.zero is None else self.zero.detach())
         zero = None if weight.zero is None else weight.zero.to(torch.uint8)
-        return replace(weight, scale=weight.scale.half(), zero=zero)
+        return replace(weight, scale=weight.scale.half(), zero=zero, order=self.order)
 
     def _weight(self, scale: Tensor, zero: Tensor | None) -> Packed:
-        """The weight with a scale and a zero as they will be stored, differentiable where they are trained."""
+        """What a kernel is given: columns in the codes' order, scale and zero as they will be stored, differentiable
+        where they are trained."""
         if "scale" in self.trainable:
             scale = store(scale)
         if zero is not None and "zero" in self.trainable:
@@ -135,6 +138,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         weight = self._weight(self.scale, self.zero)
         kernel = train if self.trainable else choose(weight, x)
         return kernel.matmul(x, weight, self.bias, self._cache)

@@ -63,6 +63,7 @@ class Packed:
         offset: fp32 [out, G] in weight units, or None.
         bits, group_size: as in `QTensor`.
         in_features: codes of a row; the rest is padding.
+        order: as in `QTensor`. Kernels are given weights without one: `PackedLinear` permutes x instead.
     """
 
     codes: Tensor
@@ -72,6 +73,7 @@ class Packed:
     bits: int
     group_size: int
     in_features: int
+    order: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -87,6 +89,7 @@ class Packed:
             bits=q.bits,
             group_size=q.group_size,
             in_features=q.shape[1],
+            order=q.order,
         )
 
     def qtensor(self, start: int = 0, stop: int | None = None) -> QTensor:
@@ -99,4 +102,5 @@ class Packed:
             offset=None if self.offset is None else self.offset[rows],
             bits=self.bits,
             group_size=self.group_size,
+            order=self.order,
         )

@@ -31,7 +31,7 @@ def signround(
     search: bool = True,
     products: bool = False,
     trim: float = 0.003,
-    target: str = "float",
+    prefix: str = "float",
     span: int = 3,
     holdout: int = 8,
     batch_size: int = 8,
@@ -49,7 +49,7 @@ def signround(
             grow up to 2; else from min/max, factors at most 1, as published.
         products: that search counts how a group's inputs vary together, as `rtn` does.
         trim: share of elements with the largest errors left out of the loss.
-        target: "float" (the blocks on the float prefix) or "quantized" (on the quantized prefix).
+        prefix: what the target is computed on: "float" (the float blocks on the float prefix) or "quantized".
         span: consecutive blocks fitted together.
         holdout: samples held out to choose the state that is kept.
         batch_size: samples a step.
@@ -59,7 +59,7 @@ def signround(
     fit = Reconstruct(
         steps=steps,
         batch_size=batch_size,
-        target=target,
+        target=prefix,
         trim=trim,
         holdout=holdout,
         checks=max(1, min(8, steps // 5)),

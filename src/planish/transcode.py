@@ -1,0 +1,114 @@
+"""Export: a quantized folder in another format, without the model it was made of and without calibration.
+
+    folder --decode--> QTensor, one layer at a time --encode--> folder or .gguf file
+
+Every code, scale and zero is the same afterwards, or the export is refused by name before anything is written.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from planish.card import papers
+from planish.checkpoint import CheckpointWriter, Content
+from planish.errors import PlanishError, nearest
+from planish.eval import record
+from planish.folder import QuantizedFolder, config_of, side_files, verify_folder, words_of
+from planish.formats import FORMATS, verify
+from planish.log import RunManifest
+from planish.naming import disk_speller
+from planish.scheme import Scheme, bits_per_weight
+from planish.source import Source
+from planish.tables import quantize_table, table_schemes
+from planish.targets import GGUF, choose_for
+
+
+def export(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    target: str | None = None,
+    tp: int = 1,
+    embeddings: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a quantized folder in another format.
+
+    Args:
+        path: folder or hub id of a quantized model.
+        out: new or empty folder, or one to replace if `overwrite`; of 'gguf' the file.
+        format: one of `planish.formats.FORMATS`, or 'gguf'.
+        target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
+        tp: GPUs that the target will cut each layer for.
+        embeddings: bits of the embedding and the head: 16, 8 or 4; as they are if not given (8 in a GGUF).
+
+    Returns:
+        What was written.
+
+    Raises:
+        PlanishError: if the model isn't quantized, or the format or target can't take a layer: names it and the mend.
+    """
+    folder = QuantizedFolder.open(path)
+    if folder is None:
+        raise PlanishError(f"{path} isn't quantized; use planish quantize")
+    every = {name: folder.schemes.get(name) for name in folder.shapes}
+    if target is not None:
+        format = choose_for(target, every, folder.shapes, format=format or "auto", tp=tp)
+    if format not in (*FORMATS, GGUF):
+        known = nearest(format, [*FORMATS, GGUF]) if format else f"give --format, one of {', '.join([*FORMATS, GGUF])}"
+        raise PlanishError(f"no format {format!r}: {known}")
+    if format == GGUF:
+        from planish.gguf_file import write_gguf
+
+        return write_gguf(folder, Path(out), embeddings=embeddings, overwrite=overwrite)
+    return _convert(folder, out, format, embeddings, overwrite)
+
+
+def _convert(
+    folder: QuantizedFolder, out: str | os.PathLike[str], name: str, embeddings: int | None, overwrite: bool
+) -> Path:
+    """The folder in another of our formats; read back before it gets its name."""
+    format, source = FORMATS[name], folder.source
+    tables = {}
+    if embeddings is not None:
+        bare = {key: shape for key, shape in folder.tables.items() if key not in folder.schemes}
+        tables = table_schemes(embeddings, bare, name) if bare else {}
+    schemes = {key: folder.schemes.get(key) for key in folder.shapes} | tables
+    verify(format, schemes, folder.shapes | folder.tables)
+    skeleton = source.skeleton()
+    spell, digests, ordered = disk_speller(skeleton), {}, False
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
+        layers = ((key, quantize_table(source.get(f"{key}.weight"), scheme)) for key, scheme in tables.items())
+        for part in (folder.layers(), layers):
+            for key, quantized in part:
+                digests[key] = quantized.digest()
+                ordered |= quantized.order is not None
+                for tensor_name, tensor in format.encode(key, quantized).items():
+                    writer.add(spell(tensor_name), tensor)
+        for tensor_name in plain_names(source, digests):
+            writer.add(spell(tensor_name), source.get(tensor_name))
+        words = words_of(format, schemes, ordered)
+        config = config_of(source.config, skeleton, source.dtype, words)
+        files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes)
+        return writer.finish(config, files, verify=lambda written: verify_folder(written, digests))
+
+
+def plain_names(source: Source, quantized: dict[str, str]) -> list[str]:
+    """Tensors of a quantized checkpoint that belong to no quantized layer, and the biases of those that do."""
+    return [name for name in source.names() if name.rpartition(".")[0] not in quantized or name.endswith(".bias")]
+
+
+def _papers(folder: QuantizedFolder, format: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Content]:
+    """run.json and the card for the new format, and what was measured, which stays true."""
+    source = folder.source
+    assert source.folder is not None
+    layers = {key: str(scheme) for key, scheme in schemes.items() if scheme}
+    run = RunManifest.read(source.folder) or RunManifest.of_unknown(source.label, layers, format)
+    parameters = sum(p.numel() for p in source.skeleton().parameters())
+    chosen = {key: scheme for key, scheme in schemes.items() if scheme}
+    bits = round(bits_per_weight(chosen, folder.shapes | folder.tables, parameters), 4)
+    run = dataclasses.replace(run, format=format, layers=layers, figures={**run.figures, "bits_per_weight": bits})
+    # what was measured of an embedding in 16 bits isn't true of one in 8
+    return papers(run, record.read(source.folder) if chosen.keys() == folder.schemes.keys() else None)
