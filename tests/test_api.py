@@ -15,6 +15,7 @@ from torch import Tensor
 
 import planish
 from planish import api
+from planish.bitstream import Stream
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.folder import QuantizedFolder
 from planish.formats import FORMATS
@@ -462,15 +463,15 @@ def test_models_that_cannot_be_quantized(tiny_llama: Tiny, tmp_path: Path) -> No
 def test_what_is_read_back_different_gets_no_name(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = QuantizedFolder.layers
+    original = QuantizedFolder.streams
 
-    def faulty(self: QuantizedFolder) -> Iterator[tuple[str, QTensor]]:
-        for name, q in original(self):
+    def faulty(self: QuantizedFolder) -> Iterator[tuple[str, Stream]]:
+        for name, stream in original(self):
             if name == "model.layers.1.mlp.up_proj":
-                q.codes[0, 0] ^= 1
-            yield name, q
+                stream.codes[0, 0] ^= 1
+            yield name, stream
 
-    monkeypatch.setattr(QuantizedFolder, "layers", faulty)
+    monkeypatch.setattr(QuantizedFolder, "streams", faulty)
     with pytest.raises(PlanishError, match="^model.layers.1.mlp.up_proj was read back different from what was written"):
         planish.quantize_to(tiny_llama(), tmp_path / "out", "rtn", "w4g32", device="cpu")
     assert not any("out" in entry.name for entry in tmp_path.iterdir())

@@ -27,7 +27,8 @@ def manifest(**changes: Any) -> RunManifest:
              "scheme": "w2g64, down_proj=w4g64", "layers": LAYERS, "format": "auto_round", "data": "wiki.train.raw",
              "data_sha256": "ab" * 32, "samples": 128, "seqlen": 2048, "seed": 7,
              "versions": {"planish": "0.1.0", "torch": "2.13.0"},
-             "figures": {"seconds": 1234.5, "peak_bytes": 3 * 2**29, "losses": [[0.9, 0.5]], "bits_per_weight": 2.875}}  # fmt: skip
+             "figures": {"seconds": 1234.5, "peak_bytes": 3 * 2**29, "losses": [[0.9, 0.5]],
+                         "bits_per_weight": 2.875}}  # fmt: skip
     return RunManifest(**{**known, **changes})
 
 
@@ -57,7 +58,8 @@ def test_what_is_known_is_said() -> None:
     text = model_card(manifest(), evaluation=evaluation)
     assert "org/Name-1B with 3 linears in 2 and 4 bits, by Planish's recipe `signround`, in the format" in text
     for line in ("| recipe | `signround steps=200 lr=0.005`, seed 7 |", "| linears | w2g64 x 2, w4g64 x 1 |",
-                 f"| data | `wiki.train.raw`, 128 x 2048 tokens, sha256 `{'ab' * 32}` |", "| versions | planish 0.1.0, torch 2.13.0 |",
+                 f"| data | `wiki.train.raw`, 128 x 2048 tokens, sha256 `{'ab' * 32}` |",
+                 "| versions | planish 0.1.0, torch 2.13.0 |",
                  "| perplexity | `wiki.test.raw`, windows of 2048 tokens | 22.81 |",
                  "| acc | `piqa` | 0.6789 ± 0.0123 |"):  # fmt: skip
         assert line in text.splitlines()

@@ -16,9 +16,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import planish
 from planish import hf
+from planish.bitstream import pack
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats import FORMATS
-from planish.formats.pack import pack
 from planish.kernels.embedding import PackedHead
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.qtensor import QTensor
@@ -250,7 +250,7 @@ def test_a_format_that_only_reads_says_what_writes(quantized: Callable[..., Path
         raise UnsupportedScheme(f"{layer}: this format is read only")
 
     model = AutoModelForCausalLM.from_pretrained(quantized("native", "w4g32"))
-    model.hf_quantizer.format = dataclasses.replace(model.hf_quantizer.format, encode=refuse)
+    model.hf_quantizer.format = dataclasses.replace(model.hf_quantizer.format, write=refuse)
     with pytest.raises(PlanishError, match=r"this format is read only.*planish\.save"):
         model.save_pretrained(tmp_path / "copy")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from planish.arch import discover, linears
+from planish.bitstream import Stream
 from planish.card import papers
 from planish.checkpoint import CheckpointWriter
 from planish.errors import PlanishError, nearest
@@ -33,6 +34,7 @@ from planish.folder import (
 )
 from planish.formats import FORMATS, choose
 from planish.formats import verify as verify_schemes
+from planish.gguf_file import write_gguf
 from planish.hf import attach
 from planish.journal import Journal
 from planish.kernels.linear import packed_layers
@@ -158,8 +160,18 @@ def _write_tuned(
     quantize_tables(model, resolved.tables)
     manifest = manifest_of(resolved, run, figures)
     extra = papers(manifest)
-    write_model(model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra)
+    finish = _add_gguf if resolved.gguf else None
+    write_model(
+        model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra, finish=finish
+    )
     return manifest
+
+
+def _add_gguf(folder: Path) -> None:
+    """Write the same model beside the native one, as a file of its own."""
+    written = QuantizedFolder.open(folder)
+    assert written is not None
+    write_gguf(written, folder / "model.gguf")
 
 
 def _write(
@@ -178,9 +190,9 @@ def _write(
     trained: set[str] = set()
 
     def sink(name: str, quantized: QTensor, add: Callable[[str, Tensor], None] = add) -> None:
-        on_host = quantized.to("cpu")
-        digests[name] = on_host.digest()
-        for key, tensor in resolved.format.encode(name, on_host).items():
+        stream = Stream.of(quantized).to("cpu")
+        digests[name] = stream.digest()
+        for key, tensor in resolved.format.write(name, stream).items():
             add(key, tensor)
 
     def keep(name: str, tensor: Tensor) -> None:
@@ -189,6 +201,8 @@ def _write(
 
     def verify(folder: Path) -> None:
         verify_folder(folder, digests)
+        if resolved.gguf:
+            _add_gguf(folder)
         if journal:
             journal.publish()
 
@@ -232,7 +246,7 @@ def load(
     if folder is None:
         source = open_source(path, revision=revision)
         return assemble(source, (), where, dtype or source.dtype)
-    model = assemble(folder.source, folder.layers(), where, dtype or folder.source.dtype)
+    model = assemble(folder.source, folder.packed(where), where, dtype or folder.source.dtype)
     return attach(model, folder.source.quantization_config)
 
 

@@ -8,7 +8,7 @@ Verification reads a folder back as `load` would and compares every code, scale 
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.bitstream import Stream
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
 from planish.formats import detect
 from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear, packed_layers
+from planish.kernels.pack import Packed
 from planish.naming import disk_speller
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
@@ -51,6 +53,7 @@ class QuantizedFolder:
         schemes: of every quantized linear, and of the embedding and the head if they are quantized.
         shapes: (out, in) of every linear of the blocks, and of what else is quantized.
         tables: (vocabulary, hidden) of the embedding and an untied head.
+        embedding: name of the first of these.
     """
 
     source: FolderSource
@@ -58,6 +61,7 @@ class QuantizedFolder:
     schemes: dict[str, Scheme]
     shapes: dict[str, tuple[int, int]]
     tables: dict[str, tuple[int, int]]
+    embedding: str
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "QuantizedFolder | None":
@@ -78,10 +82,18 @@ class QuantizedFolder:
         shapes, around = linears(arch, skeleton), table_shapes(arch, skeleton)
         schemes = layer_schemes(found, how, arch, skeleton)
         shapes |= {name: shape for name, shape in around.items() if name in schemes}
-        return cls(source=source, format=found, schemes=schemes, shapes=shapes, tables=around)
+        return cls(source=source, format=found, schemes=schemes, shapes=shapes, tables=around, embedding=arch.embedding)
 
     def layers(self) -> Iterator[tuple[str, QTensor]]:
-        """(name, QTensor) of each quantized linear, one at a time."""
+        """(name, QTensor) of each quantized layer, one at a time."""
+        return ((name, stream.qtensor()) for name, stream in self.streams())
+
+    def packed(self, device: torch.device) -> Iterator[tuple[str, Packed]]:
+        """(name, Packed) of each quantized layer on a device, one at a time."""
+        return ((name, Packed.from_stream(stream.to(device))) for name, stream in self.streams())
+
+    def streams(self) -> Iterator[tuple[str, Stream]]:
+        """(name, Stream) of each quantized layer, one at a time."""
         of_layer: dict[str, list[str]] = {name: [] for name in self.schemes}
         for key in self.source.names():
             name = key.rpartition(".")[0]
@@ -89,7 +101,7 @@ class QuantizedFolder:
                 of_layer[name].append(key)
         for name, scheme in self.schemes.items():
             tensors = {key: self.source.get(key) for key in of_layer[name]}
-            yield name, self.format.decode(name, tensors, scheme, self.shapes[name])
+            yield name, self.format.read(name, tensors, scheme, self.shapes[name])
 
 
 def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: PreTrainedModel) -> dict[str, Scheme]:
@@ -107,20 +119,20 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
 
 
 def assemble(
-    source: Source, layers: Iterable[tuple[str, QTensor]], device: torch.device, dtype: torch.dtype
+    source: Source, layers: Iterable[tuple[str, Packed]], device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The source's model with the given linears packed and all else in `dtype`, on the device."""
+    """The source's model with the given layers, on the device already, and all else in `dtype`."""
     model = source.skeleton()
     arch = discover(model, PackedLinear)
     for name, quantized in layers:
         if name == arch.embedding:
-            put_table(model, arch, quantized.to(device), dtype)
+            put_table(model, arch, quantized, dtype)
             continue
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear.from_qtensor(quantized.to(device), bias, dtype))
+        setattr(model.get_submodule(parent), leaf, PackedLinear(quantized, None if bias is None else bias.to(dtype)))
     source.load(model, "", device, dtype)
     model.tie_weights()
     for config in (model.config, model.config.get_text_config()):
@@ -138,7 +150,7 @@ def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
         PlanishError: naming the layer that differs.
     """
     written = QuantizedFolder.open(folder)
-    read = {} if written is None else {name: quantized.digest() for name, quantized in written.layers()}
+    read = {} if written is None else {name: stream.digest() for name, stream in written.streams()}
     for name in sorted(digests.keys() | read.keys()):
         if digests.get(name) != read.get(name):
             raise PlanishError(
@@ -154,6 +166,7 @@ def write_model(
     source: Source | None = None,
     tokenizer: Any = None,
     extra: Mapping[str, Content] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model in memory, its packed layers in a format; read back before the folder gets its name.
 
@@ -161,18 +174,26 @@ def write_model(
         source: what the model was made of: configuration and side files are taken over from there.
         tokenizer: goes beside it where the source has no folder.
         extra: more files, by name.
+        finish: called with the folder when it was read back, before it gets its name.
 
     Raises:
         PlanishError: if the format can't hold a layer, the disk is full, or something is read back different.
     """
     packed, spell = packed_layers(model), disk_speller(model)
     schemes = schemes_of(model)
-    digests, ordered = {}, any(part.order is not None for part in packed.values())
+    digests: dict[str, str] = {}
+    ordered = any(part.order is not None for part in packed.values())
+
+    def verify(folder: Path) -> None:
+        verify_folder(folder, digests)
+        if finish is not None:
+            finish(folder)
+
     with writer:
         for name, module in packed.items():
-            quantized = module.qtensor().to("cpu")
-            digests[name] = quantized.digest()
-            for key, tensor in format.encode(name, quantized).items():
+            stream = Stream.of(module.qtensor()).to("cpu")
+            digests[name] = stream.digest()
+            for key, tensor in format.write(name, stream).items():
                 writer.add(spell(key), tensor)
         for key, tensor in plain_tensors(model):
             writer.add(spell(key), tensor)
@@ -184,7 +205,7 @@ def write_model(
                 words_of(format, schemes, ordered),
             ),
             {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
-            verify=lambda folder: verify_folder(folder, digests),
+            verify=verify,
         )
 
 

@@ -25,11 +25,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from planish.arch import Arch, discover
+from planish.bitstream import Stream
 from planish.errors import PlanishError, first_line
 from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of
 from planish.formats import FORMATS, choose, detect
 from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear, packed_layers
+from planish.kernels.pack import Packed
 from planish.naming import module_names
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
@@ -191,14 +193,14 @@ class PlanishQuantizer(HfQuantizer):
         for name in [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]:
             stored = model.get_submodule(name)
             assert isinstance(stored, StoredLinear)
-            quantized = stored.qtensor(name, self.format)
+            weight = Packed.from_stream(stored.stream(name, self.format))
             if name == self.arch.embedding:
                 model.set_submodule(name, stored.original[0])
                 if self.arch.head is not None and self.head is not None:
                     model.set_submodule(self.arch.head, self.head)
-                put_table(model, self.arch, quantized, stored.dtype)
+                put_table(model, self.arch, weight, stored.dtype)
             else:
-                layer = PackedLinear.from_qtensor(quantized, stored.bias, stored.dtype)
+                layer = PackedLinear(weight, None if stored.bias is None else stored.bias.to(stored.dtype))
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(model)
 
@@ -253,8 +255,8 @@ class StoredLinear(nn.Module):
             if not hasattr(self, leaf):  # bias, and words that no format has
                 self.register_buffer(leaf, tensor)
 
-    def qtensor(self, name: str, format: Format) -> QTensor:
-        """The weight, decoded.
+    def stream(self, name: str, format: Format) -> Stream:
+        """The weight.
 
         Raises:
             PlanishError: if a tensor is missing, or isn't what scheme and shape promise.
@@ -265,7 +267,7 @@ class StoredLinear(nn.Module):
             if not getattr(tensor, "_is_hf_initialized", False):
                 raise PlanishError(f"{name}.{leaf} wasn't read; the checkpoint is incomplete, get it again")
         of_layer = {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items() if leaf != "bias"}
-        return format.decode(name, of_layer, self.scheme, self.shape)
+        return format.read(name, of_layer, self.scheme, self.shape)
 
 
 def _untie_head(model: PreTrainedModel, arch: Arch) -> nn.Module | None:

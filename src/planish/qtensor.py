@@ -15,7 +15,6 @@ their own (act-order): groups are then of the codes' columns, and `dequantize` p
 
 import dataclasses
 import functools
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +88,6 @@ class QTensor:
         """How it is stored; one group a row is written as 'pc'."""
         whole = self.group_size == self.shape[1]
         return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.symmetric)
-
-    def digest(self) -> str:
-        """sha256 of every code, scale, zero and offset, of the columns' order and of the shape."""
-        found = hashlib.sha256(f"{self.bits} {self.group_size} {self.shape}".encode())
-        for name in PARTS:
-            value = getattr(self, name)
-            found.update(name.encode() if value is None else value.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
 
     def equal(self, other: "QTensor") -> bool:
         """True if every code, scale, zero, offset and column is the same bit for bit."""

@@ -20,6 +20,7 @@ from planish.errors import PlanishError, nearest
 from planish.formats import FORMATS, choose
 from planish.formats import verify as verify_schemes
 from planish.formats.format import Format
+from planish.gguf_file import check as check_gguf
 from planish.journal import Journal
 from planish.kernels.linear import packed_layers
 from planish.log import Progress, RunManifest, versions
@@ -94,7 +95,7 @@ def resolve(
     format: str = "auto",
     target: str | None = None,
     tp: int = 1,
-    embeddings: int = 16,
+    embeddings: int | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     **keys: Any,
@@ -105,7 +106,7 @@ def resolve(
         format: 'auto', one of `planish.formats.FORMATS`, or 'gguf': that file then lies beside a native checkpoint.
         target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
         tp: GPUs that the target will cut each layer for.
-        embeddings: bits of the embedding and the head: 16, 8 or 4.
+        embeddings: bits of the embedding and the head: 16, 8 or 4; if not given 16, and 8 in a GGUF.
         others: as of `quantize`.
 
     Raises:
@@ -124,7 +125,10 @@ def resolve(
     schemes = scheme_map.resolve(shapes)
     every = {name: schemes.get(name) for name in shapes}
     asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
-    chosen = _format(asked, every, shapes, embeddings)
+    if asked == GGUF:
+        check_gguf(source, schemes, shapes)
+    bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings
+    chosen = _format(asked, every, shapes, bits)
     own, _ = split_preset(recipe, preset)
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
     return Resolved(
@@ -139,7 +143,7 @@ def resolve(
         format=chosen,
         samples=samples,
         seqlen=seqlen,
-        tables=table_schemes(embeddings, table_shapes(arch, skeleton), chosen.name),
+        tables=table_schemes(bits, table_shapes(arch, skeleton), chosen.name),
         gguf=asked == GGUF,
     )
 

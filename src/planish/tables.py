@@ -58,12 +58,12 @@ def quantize_table(weight: Tensor, scheme: Scheme) -> QTensor:
     return quantizer.quantize(weight)
 
 
-def put_table(model: PreTrainedModel, arch: Arch, quantized: QTensor, dtype: torch.dtype) -> None:
+def put_table(model: PreTrainedModel, arch: Arch, table: Packed, dtype: torch.dtype) -> None:
     """Put a packed embedding in the place of the model's own; a tied head then multiplies by the same codes."""
     embedding = model.get_submodule(arch.embedding)
     assert isinstance(embedding, nn.Embedding)
     multiplier = float(getattr(embedding, "scalar_embed_scale", 1.0))
-    packed = PackedEmbedding(Packed.from_qtensor(quantized), multiplier, dtype)
+    packed = PackedEmbedding(table, multiplier, dtype)
     head = None if arch.head is None else model.get_submodule(arch.head)
     if arch.head is not None and isinstance(head, nn.Linear) and head.weight is embedding.weight:
         model.set_submodule(arch.head, PackedHead(packed))
@@ -80,7 +80,7 @@ def quantize_tables(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Pr
         part: Any = model.get_submodule(name)
         quantized = quantize_table(part.weight.detach(), scheme)
         if name == arch.embedding:
-            put_table(model, arch, quantized, part.weight.dtype)
+            put_table(model, arch, Packed.from_qtensor(quantized), part.weight.dtype)
         else:
             model.set_submodule(name, PackedLinear.from_qtensor(quantized, part.bias, part.weight.dtype))
     return model

@@ -7,12 +7,16 @@ Every code, scale and zero is the same afterwards, or the export is refused by n
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 
+import torch
+
+from planish.bitstream import Stream
 from planish.card import papers
 from planish.checkpoint import CheckpointWriter, Content
-from planish.errors import PlanishError, nearest
+from planish.errors import PlanishError, UnsupportedScheme, nearest
 from planish.eval import record
 from planish.folder import QuantizedFolder, config_of, side_files, verify_folder, words_of
 from planish.formats import FORMATS, verify
@@ -20,7 +24,7 @@ from planish.log import RunManifest
 from planish.naming import disk_speller
 from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source
-from planish.tables import quantize_table, table_schemes
+from planish.tables import BITS, quantize_table, table_schemes
 from planish.targets import GGUF, choose_for
 
 
@@ -62,7 +66,11 @@ def export(
     if format == GGUF:
         from planish.gguf_file import write_gguf
 
-        return write_gguf(folder, Path(out), embeddings=embeddings, overwrite=overwrite)
+        if embeddings not in (None, *BITS):
+            raise PlanishError(f"embeddings of {embeddings} bits; use one of {', '.join(map(str, BITS))}")
+        wide = "f16" if folder.source.dtype == torch.float16 else "bf16"
+        kind = {4: "q4_0", 16: wide}.get(embeddings or 8, "q8_0")
+        return write_gguf(folder, Path(out), embeddings=kind, overwrite=overwrite)
     return _convert(folder, out, format, embeddings, overwrite)
 
 
@@ -71,23 +79,22 @@ def _convert(
 ) -> Path:
     """The folder in another of our formats; read back before it gets its name."""
     format, source = FORMATS[name], folder.source
-    tables = {}
-    if embeddings is not None:
-        bare = {key: shape for key, shape in folder.tables.items() if key not in folder.schemes}
-        tables = table_schemes(embeddings, bare, name) if bare else {}
-    schemes = {key: folder.schemes.get(key) for key in folder.shapes} | tables
+    widened, rounded = _tables(folder, name, embeddings)
+    schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded
     verify(format, schemes, folder.shapes | folder.tables)
-    skeleton = source.skeleton()
-    spell, digests, ordered = disk_speller(skeleton), {}, False
+    skeleton, digests, ordered = source.skeleton(), {}, False
+    spell = disk_speller(skeleton)
+    tables = ((key, quantize_table(source.get(f"{key}.weight"), scheme)) for key, scheme in rounded.items())
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        layers = ((key, quantize_table(source.get(f"{key}.weight"), scheme)) for key, scheme in tables.items())
-        for part in (folder.layers(), layers):
-            for key, quantized in part:
-                digests[key] = quantized.digest()
-                ordered |= quantized.order is not None
-                for tensor_name, tensor in format.encode(key, quantized).items():
-                    writer.add(spell(tensor_name), tensor)
-        for tensor_name in plain_names(source, digests):
+        for key, stream in chain(folder.streams(), ((key, Stream.of(table)) for key, table in tables)):
+            if key in widened:
+                writer.add(spell(f"{key}.weight"), stream.qtensor().dequantize(source.dtype))
+                continue
+            digests[key] = stream.digest()
+            ordered |= stream.order is not None
+            for tensor_name, tensor in format.write(key, stream).items():
+                writer.add(spell(tensor_name), tensor)
+        for tensor_name in plain_names(source, {*digests, *widened}):
             writer.add(spell(tensor_name), source.get(tensor_name))
         words = words_of(format, schemes, ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
@@ -95,7 +102,27 @@ def _convert(
         return writer.finish(config, files, verify=lambda written: verify_folder(written, digests))
 
 
-def plain_names(source: Source, quantized: dict[str, str]) -> list[str]:
+def _tables(folder: QuantizedFolder, format: str, embeddings: int | None) -> tuple[set[str], dict[str, Scheme]]:
+    """Which quantized tables become float again, and the schemes of float ones that are to be quantized.
+
+    Raises:
+        PlanishError: if the format holds no quantized embedding, or one is to be rounded twice.
+    """
+    packed = {name for name in folder.tables if name in folder.schemes}
+    if embeddings == 16:
+        return packed, {}
+    for name in sorted(packed):
+        if embeddings is not None and folder.schemes[name].bits != embeddings:
+            raise PlanishError(f"{name} has {folder.schemes[name].bits} bits already; export without --embeddings")
+        if format != "native" and name == folder.embedding:
+            raise UnsupportedScheme(
+                f"{name}: {format} holds embeddings in 16 bits only; --embeddings 16 writes it so, rounded once more"
+            )
+    bare = {name: shape for name, shape in folder.tables.items() if name not in packed}
+    return set(), table_schemes(embeddings, bare, format) if embeddings and bare else {}
+
+
+def plain_names(source: Source, quantized: Collection[str]) -> list[str]:
     """Tensors of a quantized checkpoint that belong to no quantized layer, and the biases of those that do."""
     return [name for name in source.names() if name.rpartition(".")[0] not in quantized or name.endswith(".bias")]
 

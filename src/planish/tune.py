@@ -328,7 +328,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
 
 def _assembled(run: Run, layers: dict[str, Packed], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    found = ((name, weight.qtensor()) for name, weight in layers.items())
+    found = ((name, weight.to(run.device)) for name, weight in layers.items())
     model = assemble(run.source, found, run.device, dtype)
     for name, tensor in trained.items():
         model.get_parameter(name).data.copy_(tensor)

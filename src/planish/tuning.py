@@ -301,7 +301,7 @@ def _from_quantized(
             directory=writer.out.parent if writer.out.parent.is_dir() else Path.cwd(),
             progress=request.progress,
         )
-    model = assemble(source, folder.layers(), device, dtype)
+    model = assemble(source, folder.packed(device), device, dtype)
     outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
     manifest = RunManifest(
         model=source.label,

@@ -72,7 +72,7 @@ def quantize(
     format: Format = "auto",
     target: Target = None,
     tp: TensorParallel = 1,
-    embeddings: Annotated[int, Option(help="Bits of embedding and head: 16, 8, 4 (native, gguf).")] = 16,
+    embeddings: Annotated[int | None, optional("Bits of embedding and head: 16, 8 or 4 (native, gguf).")] = None,
     device: Device = None,
     batch_size: Annotated[int | None, optional("Windows a step; the recipe's own if not given.")] = None,
     seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,

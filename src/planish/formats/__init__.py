@@ -43,7 +43,7 @@ def _auto_round_by(tensors: Format, packing: str) -> Format:
         symmetric = config.get("sym") and packing in PACKING[True]
         return auto_round.detect(config) and config.get("packing_format") == packing and not symmetric
 
-    return replace(auto_round, decode=tensors.decode, schemes=schemes, detect=detect)
+    return replace(auto_round, read=tensors.read, schemes=schemes, detect=detect)
 
 
 DIALECTS = (

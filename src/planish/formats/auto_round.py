@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
+from planish.bitstream import Stream
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
-from planish.formats.gptq import check_layout, decode_layout, encode_layout, scheme_from, scheme_of
+from planish.formats.gptq import check_layout, read_layout, scheme_from, scheme_of, write_layout
 from planish.formats.layers import block_of, most_common
-from planish.qtensor import QTensor
 from planish.scheme import Scheme
 
 NAME = "auto_round"
@@ -35,16 +35,16 @@ PACKING = {
 }
 
 
-def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
+def write(layer: str, q: Stream) -> dict[str, Tensor]:
     """Named tensors of one layer."""
     check_layout(NAME, layer, scheme_of(NAME, layer, q), q.shape)
-    return encode_layout(layer, q, shift=int(q.symmetric))
+    return write_layout(layer, q, shift=int(q.symmetric))
 
 
-def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    """The QTensor of one layer."""
+def read(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Stream:
+    """The stream of one layer."""
     check_layout(NAME, layer, scheme, shape)
-    return decode_layout(layer, tensors, scheme, shape, shift=int(scheme.symmetric))
+    return read_layout(layer, tensors, scheme, shape, shift=int(scheme.symmetric))
 
 
 def config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def detect(config: Mapping[str, Any]) -> bool:
 auto_round = Format(
     name=NAME,
     check=partial(check_layout, NAME),
-    encode=encode,
-    decode=decode,
+    write=write,
+    read=read,
     config=config,
     schemes=schemes,
     detect=detect,

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from planish.bitstream import Stream, unpack
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
 from planish.formats.gptq import check_layout, scheme_from, take_scale
 from planish.formats.layers import block_of, most_common, take
-from planish.formats.pack import unpack
 from planish.qtensor import QTensor, midpoint
 from planish.scheme import Scheme
 
@@ -35,13 +35,13 @@ def check(layer: str, scheme: Scheme, shape: tuple[int, int]) -> NoReturn:
     raise UnsupportedScheme(f"{layer}: {NAME} is read only; use --format compressed_tensors, auto_round or native")
 
 
-def encode(layer: str, q: QTensor) -> NoReturn:
+def write(layer: str, q: Stream) -> NoReturn:
     """Raise UnsupportedScheme: nothing is written in this format."""
     check(layer, q.scheme, q.shape)
 
 
-def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    """The QTensor of one layer.
+def read(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Stream:
+    """The stream of one layer.
 
     Raises:
         PlanishError: if a tensor is missing or isn't what the scheme and shape promise, or a scale has no fp16.
@@ -53,13 +53,14 @@ def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tup
     zero = _outputs(take(tensors, f"{layer}.qzeros", (grid[0], out_features // 8), torch.int32))
     if scheme.symmetric and not bool((zero == midpoint(BITS)).all()):
         raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; check config.json")
-    return QTensor(
+    q = QTensor(
         codes=_outputs(codes),
         scale=take_scale(tensors, f"{layer}.scales", grid).T.contiguous(),
         zero=None if scheme.symmetric else zero,
         bits=BITS,
         group_size=scheme.group_in(in_features),
     )
+    return Stream.of(q)
 
 
 def _outputs(words: Tensor) -> Tensor:
@@ -94,4 +95,4 @@ def detect(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == NAME
 
 
-awq = Format(name=NAME, check=check, encode=encode, decode=decode, config=config, schemes=schemes, detect=detect)
+awq = Format(name=NAME, check=check, write=write, read=read, config=config, schemes=schemes, detect=detect)

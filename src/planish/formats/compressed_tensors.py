@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.bitstream import Stream, pack, unpack, words_for
 from planish.errors import PlanishError
 from planish.formats.format import Format
-from planish.formats.gptq import check_groups, read_order, scheme_of, take_scale
+from planish.formats.gptq import check_groups, in_order, read_order, scheme_of, take_scale
 from planish.formats.layers import most_common, take
-from planish.formats.pack import pack, unpack, words_for
-from planish.qtensor import QTensor
 from planish.scheme import Scheme
 
 NAME = "compressed_tensors"
@@ -44,11 +43,11 @@ def check(layer: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     check_groups(NAME, layer, scheme, shape[1])
 
 
-def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
+def write(layer: str, q: Stream) -> dict[str, Tensor]:
     """Named tensors of one layer."""
     check(layer, scheme_of(NAME, layer, q), q.shape)
     tensors = {
-        f"{layer}.weight_packed": pack(q.codes, q.bits, 1),
+        f"{layer}.weight_packed": q.codes,
         f"{layer}.weight_scale": q.scale.contiguous(),
         f"{layer}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
@@ -57,8 +56,8 @@ def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    """The QTensor of one layer.
+def read(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Stream:
+    """The stream of one layer.
 
     Raises:
         PlanishError: if a tensor is missing or isn't what the scheme and shape promise, a scale has no fp16, or
@@ -77,14 +76,14 @@ def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tup
         packed_grid = words_for(out_features, bits), grid[1]
         zero = unpack(take(tensors, f"{layer}.weight_zero_point", packed_grid, torch.int32), bits, 0, out_features)
     order = read_order(tensors, f"{layer}.weight_g_idx", in_features, group)
-    codes = unpack(words, bits, 1, in_features)
-    return QTensor(
-        codes=codes if order is None else codes.index_select(1, order),
+    return Stream(
+        codes=words if order is None else in_order(words, bits, in_features, order),
         scale=take_scale(tensors, f"{layer}.weight_scale", grid),
         zero=zero,
         bits=bits,
         group_size=group,
         order=order,
+        in_features=in_features,
     )
 
 
@@ -210,5 +209,5 @@ def detect(config: Mapping[str, Any]) -> bool:
 
 
 compressed_tensors = Format(
-    name=NAME, check=check, encode=encode, decode=decode, config=config, schemes=schemes, detect=detect
+    name=NAME, check=check, write=write, read=read, config=config, schemes=schemes, detect=detect
 )

@@ -1,6 +1,7 @@
 """Format: a pair of pure functions between QTensors and named tensors on disk, and the words around them.
 
-A format knows nothing of models, methods or files: `encode` gives named tensors, `checkpoint` writes them.
+A format knows nothing of models, methods or files: `encode` gives named tensors, `checkpoint` writes them. What it
+moves are bit streams, which need no unpacking where a format keeps them as they are or transposes their words.
 `check` runs before any work, so that what can't be held is refused early and by name.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from planish.bitstream import Stream
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
 
@@ -21,8 +23,8 @@ class Format:
     Args:
         name: as `--format` takes it.
         check: (layer, scheme, (out, in)) -> None; raises UnsupportedScheme naming the layer and why.
-        encode: (layer, QTensor) -> tensors by full name ("model.layers.0.mlp.up_proj.qweight").
-        decode: (layer, tensors by full name, scheme, (out, in)) -> QTensor; the exact inverse of encode.
+        write: (layer, Stream) -> tensors by full name ("model.layers.0.mlp.up_proj.qweight").
+        read: (layer, tensors by full name, scheme, (out, in)) -> Stream; the exact inverse of write.
         config: {layer: Scheme, or None for a linear left in 16 bits} -> `quantization_config` of config.json;
             raises UnsupportedScheme if the format can't hold these layers beside each other.
         schemes: (`quantization_config`, {layer: (out, in)} of every linear) -> {layer: Scheme} of those that
@@ -32,8 +34,16 @@ class Format:
 
     name: str
     check: Callable[[str, Scheme, tuple[int, int]], None]
-    encode: Callable[[str, QTensor], dict[str, Tensor]]
-    decode: Callable[[str, Mapping[str, Tensor], Scheme, tuple[int, int]], QTensor]
+    write: Callable[[str, Stream], dict[str, Tensor]]
+    read: Callable[[str, Mapping[str, Tensor], Scheme, tuple[int, int]], Stream]
     config: Callable[[Mapping[str, Scheme | None]], dict[str, Any]]
     schemes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, int]]], dict[str, Scheme]]
     detect: Callable[[Mapping[str, Any]], bool]
+
+    def encode(self, layer: str, q: QTensor) -> dict[str, Tensor]:
+        """Named tensors of one layer."""
+        return self.write(layer, Stream.of(q))
+
+    def decode(self, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+        """The QTensor that `encode` was given."""
+        return self.read(layer, tensors, scheme, shape).qtensor()

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.bitstream import WORD, Stream, pack, unpack
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
 from planish.formats.layers import block_of, most_common, take, within_block
-from planish.formats.pack import WORD, pack, unpack
-from planish.qtensor import QTensor, midpoint, own_columns
+from planish.qtensor import midpoint, own_columns
 from planish.scheme import Scheme
 
 
@@ -54,20 +54,23 @@ def check_groups(name: str, layer: str, scheme: Scheme, in_features: int) -> Non
         )
 
 
-def encode_layout(layer: str, q: QTensor, shift: int) -> dict[str, Tensor]:
+def write_layout(layer: str, q: Stream, shift: int) -> dict[str, Tensor]:
     """qweight, qzeros and scales of one layer, columns in the weight's own order; of a zero point z, z - shift."""
     zero = torch.full_like(q.scale, midpoint(q.bits), dtype=torch.uint8) if q.zero is None else q.zero
+    words = q.codes
+    if q.order is not None:
+        words = pack(own_columns(unpack(words, q.bits, 1, q.in_features), q.order), q.bits, 1)
     return {
-        f"{layer}.qweight": pack(own_columns(q.codes, q.order).T, q.bits, 0),
+        f"{layer}.qweight": words.T.contiguous(),
         f"{layer}.qzeros": pack((zero - shift).T, q.bits, 1),
         f"{layer}.scales": q.scale.T.contiguous(),
     }
 
 
-def decode_layout(
+def read_layout(
     layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], shift: int
-) -> QTensor:
-    """The QTensor of one layer whose stored zero points are z - shift.
+) -> Stream:
+    """One layer whose stored zero points are z - shift.
 
     Raises:
         PlanishError: if a tensor is missing or isn't what the scheme and shape promise, or a scale has no fp16.
@@ -84,15 +87,21 @@ def decode_layout(
     if int(zero.max()) >= 2**bits or (scheme.symmetric and not bool((zero == midpoint(bits)).all())):
         raise PlanishError(f"{layer}.qzeros holds zero points that {scheme} can't have; check config.json")
     order = read_order(tensors, f"{layer}.g_idx", in_features, group)
-    codes = unpack(qweight, bits, 0, in_features).T
-    return QTensor(
-        codes=codes.contiguous() if order is None else codes.index_select(1, order),
+    words = qweight.T.contiguous()
+    return Stream(
+        codes=words if order is None else in_order(words, bits, in_features, order),
         scale=scales.T.contiguous(),
         zero=None if scheme.symmetric else zero.to(torch.uint8).contiguous(),
         bits=bits,
         group_size=group,
         order=order,
+        in_features=in_features,
     )
+
+
+def in_order(words: Tensor, bits: int, in_features: int, order: Tensor) -> Tensor:
+    """A stream [out, ...] with its columns put in an order."""
+    return pack(unpack(words, bits, 1, in_features).index_select(1, order), bits, 1)
 
 
 def read_order(tensors: Mapping[str, Tensor], name: str, in_features: int, group: int) -> Tensor | None:
@@ -113,7 +122,7 @@ def read_order(tensors: Mapping[str, Tensor], name: str, in_features: int, group
     return order.int()
 
 
-def group_index(name: str, layer: str, q: QTensor) -> Tensor:
+def group_index(name: str, layer: str, q: Stream) -> Tensor:
     """g_idx int32 [in]; refuses an order that `read_order` wouldn't find again."""
     plain = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device) // q.group_size
     if q.order is None:
@@ -139,15 +148,14 @@ def take_scale(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...])
     return scale.half()
 
 
-def scheme_of(name: str, layer: str, q: QTensor, *, ordered: bool = False) -> Scheme:
-    """The Scheme of a QTensor; refuses an offset, which only the native format holds, and unless `ordered` an order
+def scheme_of(name: str, layer: str, q: Stream, *, ordered: bool = False) -> Scheme:
+    """The Scheme of a layer; refuses an offset, which only the native format holds, and unless `ordered` an order
     of columns."""
     if q.order is not None and not ordered:
         raise UnsupportedScheme(f"{layer}: {name} can't hold columns in another order; use --format native")
     if q.offset is not None:
         raise UnsupportedScheme(f"{layer}: {name} can't hold offsets in weight units; use --format native")
-    group = None if q.group_size == q.shape[1] else q.group_size
-    return Scheme(bits=q.bits, group_size=group, symmetric=q.symmetric)
+    return q.scheme
 
 
 def check(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None:
@@ -163,18 +171,18 @@ def check(name: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> None
         )
 
 
-def encode(name: str, shift: int, layer: str, q: QTensor) -> dict[str, Tensor]:
+def write(name: str, shift: int, layer: str, q: Stream) -> dict[str, Tensor]:
     """Named tensors of one layer."""
     check(name, layer, scheme_of(name, layer, q, ordered=True), q.shape)
-    return encode_layout(layer, q, shift) | {f"{layer}.g_idx": group_index(name, layer, q)}
+    return write_layout(layer, q, shift) | {f"{layer}.g_idx": group_index(name, layer, q)}
 
 
-def decode(
+def read(
     name: str, shift: int, layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
-) -> QTensor:
-    """The QTensor of one layer, its columns sorted by their groups."""
+) -> Stream:
+    """The stream of one layer, its columns sorted by their groups."""
     check_layout(name, layer, scheme, shape)
-    return decode_layout(layer, tensors, scheme, shape, shift)
+    return read_layout(layer, tensors, scheme, shape, shift)
 
 
 def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
@@ -252,8 +260,8 @@ def _format(name: str, shift: int) -> Format:
     return Format(
         name=name,
         check=partial(check, name),
-        encode=partial(encode, name, shift),
-        decode=partial(decode, name, shift),
+        write=partial(write, name, shift),
+        read=partial(read, name, shift),
         config=partial(config, name),
         schemes=schemes,
         detect=partial(detect, name),

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.bitstream import Stream, pack, unpack, words_for
 from planish.errors import PlanishError
 from planish.formats.format import Format
 from planish.formats.layers import block_of, most_common, take
-from planish.formats.pack import pack, unpack, words_for
-from planish.qtensor import QTensor
 from planish.scheme import Scheme
 
 METHOD = "planish"
@@ -36,9 +35,9 @@ def check(layer: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     """Everything fits."""
 
 
-def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
+def write(layer: str, q: Stream) -> dict[str, Tensor]:
     """Named tensors of one layer."""
-    tensors = {f"{layer}.codes": pack(q.codes, q.bits, 1), f"{layer}.scale": q.scale.contiguous()}
+    tensors = {f"{layer}.codes": q.codes, f"{layer}.scale": q.scale.contiguous()}
     if q.zero is not None:
         tensors[f"{layer}.zero"] = pack(q.zero, q.bits, 1)
     if q.offset is not None:
@@ -48,8 +47,8 @@ def encode(layer: str, q: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    """The QTensor that `encode` was given.
+def read(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Stream:
+    """The stream that `write` was given.
 
     Raises:
         PlanishError: if a tensor is missing or isn't what the scheme and shape promise.
@@ -63,15 +62,17 @@ def decode(layer: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tup
         zero = unpack(packed, bits, 1, grid[1])
     has_offset = f"{layer}.offset" in tensors
     order = take(tensors, f"{layer}.order", (in_features,), torch.int32) if f"{layer}.order" in tensors else None
-    if order is not None and not torch.equal(order.sort().values.long(), torch.arange(in_features, device=order.device)):
+    every = torch.arange(in_features, dtype=torch.int32)
+    if order is not None and not torch.equal(order.sort().values.cpu(), every):
         raise PlanishError(f"{layer}.order doesn't name each column once; the checkpoint is damaged")
-    return QTensor(
-        codes=unpack(words, bits, 1, in_features),
+    return Stream(
+        codes=words,
         scale=take(tensors, f"{layer}.scale", grid, torch.float16),
         zero=zero,
         offset=take(tensors, f"{layer}.offset", grid, torch.float32) if has_offset else None,
         bits=bits,
         group_size=scheme.group_in(in_features),
+        in_features=in_features,
         order=order,
     )
 
@@ -111,4 +112,4 @@ def detect(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == METHOD
 
 
-native = Format(name="native", check=check, encode=encode, decode=decode, config=config, schemes=schemes, detect=detect)
+native = Format(name="native", check=check, write=write, read=read, config=config, schemes=schemes, detect=detect)

@@ -7,13 +7,15 @@ low 2 bits packed as above, then the high bits. So a row is always bits * ceil(i
 Knows nothing of files: the formats have layouts of their own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.qtensor import QTensor
+from planish.bitstream import Stream, unpack
+from planish.qtensor import PARTS, QTensor
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -91,6 +93,30 @@ class Packed:
             in_features=q.shape[1],
             order=q.order,
         )
+
+    @classmethod
+    def from_stream(cls, stream: Stream) -> "Packed":
+        """The same weight; but for 3 bits, which lie in planes here, nothing is unpacked."""
+        row = stream.bits * -(-stream.in_features // 8)
+        if len(PLANES[stream.bits]) == 1:
+            codes = stream.codes.view(torch.uint8)[:, :row].contiguous()
+        else:
+            codes = pack_codes(unpack(stream.codes, stream.bits, 1, stream.in_features), stream.bits)
+        return cls(
+            codes=codes,
+            scale=stream.scale,
+            zero=stream.zero,
+            offset=stream.offset,
+            bits=stream.bits,
+            group_size=stream.group_size,
+            in_features=stream.in_features,
+            order=stream.order,
+        )
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same on another device."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def qtensor(self, start: int = 0, stop: int | None = None) -> QTensor:
         """The exact QTensor of the rows [start, stop)."""

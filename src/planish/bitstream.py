@@ -3,15 +3,23 @@
 Element e of the packed axis takes bits e*b ... e*b + b - 1 of the stream; a field that doesn't fit in its
 word goes on in the next one (3 bits: element 10 takes two bits of word 0 and one of word 1). So 32
 elements take exactly b words. GPTQ, AutoRound and compressed-tensors all store this stream, along
-different axes. Knows nothing of schemes or tensors' names.
+different axes. A `Stream` is a QTensor whose codes are kept so: what goes from file to file, or from a file to a
+kernel, needn't be unpacked on the way. Knows nothing of tensors' names.
 
 Eight codes are moved at a time: as bytes of a 64-bit integer, neighbours are pushed together in three steps (2, 4,
 then 8 of them), each a shift, an or and a mask. Machines are taken to be little-endian, as safetensors takes them.
 """
 
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from planish.qtensor import PARTS, QTensor
+from planish.scheme import Scheme
 
 WORD = 32  # bits of a word, and the elements after which fields and words line up again
 
@@ -81,3 +89,74 @@ def _masks(bits: int, step: int) -> tuple[int, int, int]:
 
 def _signed(mask: int) -> int:
     return mask - (1 << 64) if mask >> 63 else mask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """A quantized weight matrix [out, in]: `QTensor` but for its codes.
+
+    Args:
+        codes: int32 [out, ceil(in * bits / 32)], each row a bit stream.
+        scale, zero, offset, order, bits, group_size: as in `QTensor`.
+        in_features: codes of a row; the rest of its last word is zero.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+    order: Tensor | None = None
+    bits: int
+    group_size: int
+    in_features: int
+
+    @classmethod
+    def of(cls, q: QTensor) -> "Stream":
+        return cls(
+            codes=pack(q.codes, q.bits, 1),
+            scale=q.scale,
+            zero=q.zero,
+            offset=q.offset,
+            order=q.order,
+            bits=q.bits,
+            group_size=q.group_size,
+            in_features=q.shape[1],
+        )
+
+    def qtensor(self) -> QTensor:
+        return QTensor(
+            codes=unpack(self.codes, self.bits, 1, self.in_features),
+            scale=self.scale,
+            zero=self.zero,
+            offset=self.offset,
+            order=self.order,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.in_features
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero is None
+
+    @property
+    def scheme(self) -> Scheme:
+        """As of `QTensor.scheme`."""
+        whole = self.group_size == self.in_features
+        return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.symmetric)
+
+    def to(self, device: torch.device | str) -> "Stream":
+        """The same on another device."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def digest(self) -> str:
+        """sha256 of every code, scale, zero and offset, of the columns' order and of the shape."""
+        found = hashlib.sha256(f"{self.bits} {self.group_size} {self.shape}".encode())
+        for name in PARTS:
+            value = getattr(self, name)
+            found.update(name.encode() if value is None else value.cpu().contiguous().numpy())
+        return found.hexdigest()

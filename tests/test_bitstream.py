@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from planish.formats.pack import pack, unpack, words_for
+from planish.bitstream import Stream, pack, unpack, words_for
+from planish.kernels.pack import Packed
+from planish.qtensor import QTensor
 
 
 def slow_words(codes: list[int], bits: int) -> list[int]:
@@ -55,3 +57,20 @@ def test_a_sign_bit_does_not_leak_into_other_fields() -> None:
         ones = torch.full((32,), 2**bits - 1, dtype=torch.uint8)
         assert pack(ones, bits, 0).tolist() == [-1] * bits
         assert torch.equal(unpack(torch.full((bits,), -1, dtype=torch.int32), bits, 0, 32), ones)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("in_features", [64, 40])
+def test_a_stream_is_its_qtensor_and_what_kernels_are_given(bits: int, in_features: int) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    q = QTensor(
+        codes=torch.randint(0, 2**bits, (5, in_features), generator=draw, dtype=torch.uint8),
+        scale=torch.rand(5, -(-in_features // 32), generator=draw).half() + 0.1,
+        zero=torch.randint(0, 2**bits, (5, -(-in_features // 32)), generator=draw, dtype=torch.uint8),
+        bits=bits,
+        group_size=32,
+    )
+    stream = Stream.of(q)
+    assert stream.qtensor().equal(q) and (stream.scheme, stream.shape) == (q.scheme, q.shape)
+    packed, expected = Packed.from_stream(stream), Packed.from_qtensor(q)
+    assert torch.equal(packed.codes, expected.codes) and packed.qtensor().equal(q)
