@@ -1,0 +1,139 @@
+"""Export: every pair of formats keeps every code; what a format can't hold is refused before anything is written."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import planish
+from planish.bitstream import Stream
+from planish.errors import PlanishError
+from planish.folder import QuantizedFolder
+from planish.formats import FORMATS
+
+Tiny = Callable[..., Path]
+WRITTEN = [name for name in FORMATS if name != "awq"]
+IDS = torch.arange(10)[None]
+
+
+@pytest.fixture
+def quantized(tiny_llama: Tiny, tmp_path: Path) -> Callable[..., Path]:
+    def make(scheme: str = "w4g32", name: str = "q", **how: object) -> Path:
+        planish.quantize_to(tiny_llama(), tmp_path / name, "rtn", scheme, device="cpu", **how)
+        return tmp_path / name
+
+    return make
+
+
+def content(folder: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Digests of quantized layers, and the other tensors."""
+    opened = QuantizedFolder.open(folder)
+    assert opened is not None
+    layers = {name: stream.digest() for name, stream in opened.streams()}
+    plain = [name for name in opened.source.names() if name.rpartition(".")[0] not in layers]
+    return layers, {name: opened.source.get(name) for name in plain}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WRITTEN, WRITTEN)))
+def test_any_format_to_any_other(quantized: Callable[..., Path], tmp_path: Path, first: str, second: str) -> None:
+    source = quantized(format=first)
+    out = planish.export(source, tmp_path / "out", format=second)
+    (layers, plain), (their_layers, their_plain) = content(source), content(out)
+    assert layers == their_layers and len(layers) == 14
+    assert plain.keys() == their_plain.keys() and all(torch.equal(plain[name], their_plain[name]) for name in plain)
+    assert torch.equal(planish.load(out, device="cpu")(IDS).logits, planish.load(source, device="cpu")(IDS).logits)
+    manifest, origin = (json.loads((folder / "run.json").read_text()) for folder in (out, source))
+    assert manifest == {**origin, "format": second}
+    assert f"`{second}`" in (out / "README.md").read_text() and (out / "tokenizer.json").is_file()
+
+
+def test_what_is_measured_goes_along(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    source = quantized()
+    (source / "eval.json").write_text('{"perplexity": [{"data": "t", "seqlen": 8, "limit": null, "value": 3.5}]}')
+    same = planish.export(source, tmp_path / "same", format="gptq")
+    assert json.loads((same / "eval.json").read_text())["perplexity"][0]["value"] == 3.5
+    assert "| perplexity | `t`, windows of 8 tokens | 3.5 |" in (same / "README.md").read_text()
+    rounded = planish.export(source, tmp_path / "rounded", format="native", embeddings=8)
+    assert not (rounded / "eval.json").exists()
+
+
+def test_a_target_takes_its_format(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    out = planish.export(quantized(), tmp_path / "out", target="vllm")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    with pytest.raises(PlanishError, match="cut over 4 GPUs in vllm, 16 inputs each"):
+        planish.export(tmp_path / "q", tmp_path / "tp", target="vllm", tp=4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings(tiny_llama: Tiny, tmp_path: Path, bits: int, tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    planish.quantize_to(model, tmp_path / "q", "rtn", "w4g32", device="cpu")
+    small = planish.export(tmp_path / "q", tmp_path / "small", format="native", embeddings=bits)
+    planish.quantize_to(model, tmp_path / "direct", "rtn", "w4g32", device="cpu", embeddings=bits)
+    assert content(small)[0] == content(tmp_path / "direct")[0]
+    assert len(content(small)[0]) == (15 if tied else 16)
+    with pytest.raises(PlanishError, match="holds embeddings in 16 bits only; --embeddings 16 writes it so"):
+        planish.export(small, tmp_path / "refused", format="gptq")
+    wide = planish.export(small, tmp_path / "wide", format="gptq", embeddings=16)
+    shrunk = planish.load(small, device="cpu", dtype=torch.float32)(IDS).logits
+    widened = planish.load(wide, device="cpu", dtype=torch.float32)(IDS).logits
+    assert (shrunk - widened).norm() < 5e-3 * shrunk.norm()  # the table is rounded to bf16 once more
+
+
+def test_to_a_gguf_file(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    out = planish.export(quantized(), tmp_path / "out.gguf", format="gguf")
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_quantize_may_write_a_gguf_file_beside(tiny_llama: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    out = tmp_path / "out"
+    planish.quantize_to(tiny_llama(), out, "rtn", "w4g32", device="cpu", target="llama.cpp")
+    assert (out / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert str(planish.info(out).schemes["model.embed_tokens"]) == "w8g32"  # as in the file
+    planish.load(out, device="cpu")(IDS)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "no format None: give --format, one of native"),
+        ({"format": "gtpq"}, "no format 'gtpq': did you mean 'gptq'?"),
+        ({"format": "awq"}, "awq is read only"),
+        ({"format": "native", "embeddings": 5}, "embeddings of 5 bits; use one of 4, 8, 16"),
+        ({"format": "gptq", "embeddings": 8}, "gptq holds embeddings in 16 bits only"),
+        ({"target": "vlm"}, "no target 'vlm'"),
+        ({"target": "llama.cpp", "format": "gptq"}, "llama.cpp doesn't read gptq"),
+    ],
+)
+def test_refusals(quantized: Callable[..., Path], tmp_path: Path, how: dict, message: str) -> None:
+    with pytest.raises(PlanishError) as refused:
+        planish.export(quantized(), tmp_path / "out", **how)
+    assert message in str(refused.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q", "tiny"]
+
+
+def test_a_float_model_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(PlanishError, match="isn't quantized; use planish quantize"):
+        planish.export(tiny_llama(), tmp_path / "out", format="gptq")
+
+
+def test_columns_in_another_order_stay_so(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    model = planish.load(quantized(format="native"), device="cpu")
+    layer = model.model.layers[0].self_attn.q_proj
+    # as GPTQ orders them: groups anywhere, columns of a group from left to right
+    layer.order = torch.cat([torch.arange(32, 64), torch.arange(0, 32)]).int()
+    planish.save(model, tmp_path / "ordered", format="native")
+    out = planish.export(tmp_path / "ordered", tmp_path / "gptq", format="gptq")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    found = QuantizedFolder.open(out)
+    assert found is not None
+    streams: dict[str, Stream] = dict(found.streams())
+    assert torch.equal(streams["model.layers.0.self_attn.q_proj"].order, layer.order)
+    with pytest.raises(PlanishError, match="can't hold columns in another order"):
+        planish.export(out, tmp_path / "auto", format="auto_round")
