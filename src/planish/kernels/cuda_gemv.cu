@@ -1,0 +1,297 @@
+// One to sixteen rows of activations times a packed weight, as fast as the memory gives the weight.
+//
+//     y[m, n] = sum_g s[n, g] * (sum_{k in g} x[m, k] Q[n, k] - z[n, g] * sum_{k in g} x[m, k]) + b[n]
+//
+// A warp takes a record (kernels/gemv_layout.py): 16 outputs by 256 inputs, read once through a ring in shared
+// memory that is filled ahead. A pair of codes becomes a pair of fp16 numbers by one AND: bits at position p of a
+// half with a zero exponent are the number Q * 2^(p - 24), exactly. x is brought to fp16 by a power of two for
+// each row, which loses nothing, and divided by 2^p. So tensor cores multiply codes by x, and sum in fp32. Scale
+// and zero enter once a group. The warps of a team share a tile's inputs, and blocks may share them too; their sums
+// are added in a fixed order, the latter's by `combine`.
+//
+// Compiled for BITS (2, 3, 4, 8), GROUP (32, 64, 128, 256), ZERO (0 or 1), COLUMNS (1, 8, 16: the most rows of x),
+// BF16 (0: fp16), WARPS and TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, OVERLAP (1: starts before
+// the kernel that makes x has ended). Knows nothing of torch, and includes nothing.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+constexpr int TILE = 16, STEP = 256, SLABS = STEP / 32;     // outputs and inputs of a record; a slab is 32 inputs
+constexpr int GROUPS = STEP / GROUP;                        // of a record
+constexpr int ZERO_BITS = !ZERO ? 0 : GROUPS > 2 ? (BITS > 4 ? 8 : 4) : 16 / GROUPS;
+constexpr int ZERO_WORDS = GROUPS * ZERO_BITS / 16;         // for a pair of outputs
+constexpr int CODES = 512 * BITS, SCALES = 32 * GROUPS, ZEROS = 32 * ZERO_WORDS;
+constexpr int RECORD = CODES + SCALES + ZEROS;              // bytes
+constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS;
+constexpr int MMAS = COLUMNS > 8 ? 2 : 1;                   // of 8 columns each
+constexpr int FIELDS = 16 / BITS;                           // codes that half a word holds
+constexpr int DIRECT = BITS == 2 ? 4 : 10 / BITS;           // of them, those that lie in an fp16 mantissa unshifted
+constexpr float UNIT = 1.0f / 16777216.0f;                  // what a 1 in the last place of a half is worth: 2^-24
+
+#ifndef EMULATED  // the tests compile this file for a CPU, with these functions of their own
+
+__device__ __forceinline__ void fetch(void* shared, const void* global) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LEFT>
+__device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_inputs() {
+#if OVERLAP
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// d [16, 8] = a [16, 16] b [16, 8] + c
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+__device__ __forceinline__ float from_half(u32 low) {
+    float value;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(low));
+    return value;
+}
+
+__device__ __forceinline__ u32 two_halves(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u32 rounded(float value) {
+#if BF16
+    u32 bits;
+    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(value));
+    return bits;
+#else
+    return two_halves(value, 0.0f);
+#endif
+}
+
+__device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
+__device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
+
+#endif
+
+// a 16-bit number of the dtype of x
+__device__ __forceinline__ float widened(u32 bits) { return BF16 ? as_float(bits << 16) : from_half(bits); }
+
+// where the pair of codes `pair` of a record (4 a slab) lies in half a word, once shifted
+__device__ __forceinline__ constexpr int position(int pair) {
+    return (BITS == 3 ? (pair % 16 == 15 ? 0 : pair % 16 % FIELDS) : pair % FIELDS) % DIRECT * BITS;
+}
+
+// that pair as fp16 numbers Q * 2^(position - 24); words of two outputs alternate
+__device__ __forceinline__ u32 codes_of(const u32* words, int pair, int output) {
+    if (BITS == 3 && pair % 16 == 15) {  // the bits that five codes leave over in three words
+        const u32* unit = words + 6 * (pair / 16) + output;
+        return (unit[0] >> 15 & 0x10001) | (unit[2] >> 14 & 0x20002) | (unit[4] >> 13 & 0x40004);
+    }
+    int field = (BITS == 3 ? pair % 16 : pair) % FIELDS;
+    int word = BITS == 3 ? pair / 16 * 3 + pair % 16 / FIELDS : pair / FIELDS;
+    u32 bits = words[2 * word + output];
+    return (field < DIRECT ? bits : bits >> DIRECT * BITS) & ((1u << BITS) - 1) * 0x10001 << position(pair);
+}
+
+// the zeros of a pair of outputs, Q's unit
+__device__ __forceinline__ void zeros_of(const u32* zeros, int group, float (&zero)[2]) {
+    constexpr u32 mask = ZERO_BITS > 8 ? 255 : (1u << ZERO_BITS) - 1;
+    int at = group * ZERO_BITS;
+    u32 pair = zeros[at / 16] >> at % 16 & mask * 0x10001;
+    zero[0] = from_half(pair & 0xffff), zero[1] = from_half(pair >> 16);
+}
+
+// adds what a record gives; x: the lane's columns of the record's inputs; sums: of x over its groups
+__device__ __forceinline__ void multiply(
+    const char* record, const char* const (&x)[MMAS], const float* sums, int lane, float (&total)[MMAS][4]) {
+    u32 words[4 * BITS];
+#pragma unroll
+    for (int i = 0; i < BITS; i++) {
+        uint4 part = *(const uint4*)(record + 512 * i + 16 * lane);
+        words[4 * i] = part.x, words[4 * i + 1] = part.y, words[4 * i + 2] = part.z, words[4 * i + 3] = part.w;
+    }
+    const u32* scales = (const u32*)(record + CODES) + lane / 4 * GROUPS;
+    const u32* zeros = (const u32*)(record + CODES + SCALES) + lane / 4 * ZERO_WORDS;
+    const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float dot[MMAS][4];
+#pragma unroll
+    for (int slab = 0; slab < SLABS; slab++) {
+        u32 low[4], high[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            low[i] = codes_of(words, 4 * slab + i / 2, i % 2);
+            high[i] = codes_of(words, 4 * slab + 2 + i / 2, i % 2);
+        }
+#pragma unroll
+        for (int n = 0; n < MMAS; n++) {
+            uint4 column = *(const uint4*)(x[n] + 64 * slab);
+            if (slab * 32 % GROUP == 0) mma(dot[n], low, column.x, column.y, none);
+            else mma(dot[n], low, column.x, column.y, dot[n]);
+            mma(dot[n], high, column.z, column.w, dot[n]);
+        }
+        if ((slab + 1) * 32 % GROUP != 0) continue;
+        int group = slab * 32 / GROUP;
+        u32 pair = scales[group];
+        float scale[2] = {from_half(pair & 0xffff), from_half(pair >> 16)};
+        float zero[2] = {(1 << (BITS - 1)) * UNIT, (1 << (BITS - 1)) * UNIT};
+        if (ZERO) zeros_of(zeros, group, zero);
+#pragma unroll
+        for (int n = 0; n < MMAS; n++) {
+            const float* sum = sums + group * COLUMNS + (COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (COLUMNS == 1 && i % 2) continue;  // all columns are the same
+                total[n][i] += scale[i / 2] * (dot[n][i] - zero[i / 2] * sum[i % 2]);
+            }
+        }
+    }
+}
+
+// eight neighbouring inputs of row m, zeros past the end
+__device__ __forceinline__ uint4 octet(const u16* x, int m, int k, int in_features) {
+    const u16* at = x + (long long)m * in_features + k;
+    u32 pairs[4] = {0, 0, 0, 0};
+    if (in_features % 8 == 0 && (unsigned long long)x % 16 == 0) {
+        if (k < in_features) return *(const uint4*)at;
+    } else {
+        for (int i = 0; i < 8; i++)
+            if (k + i < in_features) pairs[i / 2] |= (u32)at[i] << i % 2 * 16;
+    }
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// 2 to the power that brings x of which the largest is `peak` below 2^15, or back and out of the unit of Q
+__device__ __forceinline__ float power_for(u32 peak, bool back) {
+    u32 exponent = BF16 ? peak >> 7 : (peak >> 10) + 112;  // as fp32 has it
+    exponent = exponent < 15 ? 15 : exponent > 244 ? 244 : exponent;
+    return as_float((back ? exponent + 10 : 268 - exponent) << 23);
+}
+
+// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values
+__device__ void stage(
+    const u16* x, char* staged, float* sums, u32* peaks, int stride, int rows, int in_features, int first, int width) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 4
+    for (int item = warp; item < rows * width; item += WARPS) {
+        uint4 v = octet(x, item / width, (first + item % width) * STEP + 8 * lane, in_features);
+        u32 pairs[4] = {v.x, v.y, v.z, v.w}, peak = 0;
+        for (int i = 0; i < 4; i++) {
+            u32 low = pairs[i] & 0x7fff, high = pairs[i] >> 16 & 0x7fff;
+            peak = max(peak, max(low, high));
+        }
+        peak = warp_max(peak);
+        if (lane == 0) atomicMax(peaks + item / width, peak);
+    }
+    __syncthreads();
+    float share[4];
+    for (int i = 0; i < 4; i++) share[i] = 1.0f / (1 << position(lane / 4 * 4 + i));
+    for (int item = warp; item < rows * width; item += WARPS) {
+        const int m = item / width, step = item % width;
+        const float power = power_for(peaks[m], false);
+        uint4 v = octet(x, m, (first + step) * STEP + 8 * lane, in_features);
+        u32 pairs[4] = {v.x, v.y, v.z, v.w};
+        float sum = 0.0f;
+        for (int i = 0; i < 4; i++) {
+            float low = widened(pairs[i] & 0xffff) * power, high = widened(pairs[i] >> 16) * power;
+            sum += low + high;
+            pairs[i] = two_halves(low * share[i], high * share[i]);
+        }
+        *(uint4*)(staged + m * stride + step * 2 * STEP + 16 * lane) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        for (int mask = 1; mask < GROUP / 8; mask *= 2) sum += shuffle(sum, mask);
+        if (lane % (GROUP / 8) == 0) sums[(step * GROUPS + lane / (GROUP / 8)) * COLUMNS + m] = sum;
+    }
+    __syncthreads();
+}
+
+extern __shared__ uint4 shared[];
+
+// records: [tiles, steps, RECORD] bytes; x: [rows, in_features]; y: [rows, out_features]. A block of gridDim.y takes
+// `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows, out_features] takes their results
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
+    const char* records, const u16* x, const u16* bias, u16* y, float* sums_out, int rows, int in_features,
+    int out_features, int tiles, int steps, int width) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / MEMBERS, member = warp % MEMBERS;
+    const int first = blockIdx.y * width, last = min(first + width, steps);
+    const int stride = width * 2 * STEP + 64;  // rows of x lie in other banks
+    char* ring = (char*)shared + warp * STAGES * RECORD;
+    char* staged = (char*)shared + WARPS * STAGES * RECORD;
+    float* sums = (float*)(staged + rows * stride);
+    float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, TILE, COLUMNS]
+    u32* peaks = (u32*)(parts + 2 * WARPS * TILE * COLUMNS);
+    if (threadIdx.x < 16) peaks[threadIdx.x] = 0;
+
+    int next_tile = blockIdx.x * TEAMS + team, next_step = first + member;
+    auto fetch_next = [&](int slot) {
+        if (next_tile < tiles && next_step < last) {
+            const char* from = records + ((long long)next_tile * steps + next_step) * RECORD + 16 * lane;
+            char* to = ring + slot * RECORD + 16 * lane;
+            for (int i = 0; i < BITS; i++) fetch(to + 512 * i, from + 512 * i);
+            if (16 * lane < SCALES + ZEROS) fetch(to + CODES, from + CODES);
+            next_step += MEMBERS;
+            if (next_step >= last) next_step = first + member, next_tile += gridDim.x * TEAMS;
+        }
+        commit();
+    };
+    for (int slot = 0; slot < STAGES - 1; slot++) fetch_next(slot);
+    wait_for_inputs();
+    __syncthreads();
+    stage(x, staged, sums, peaks, stride, rows, in_features, first, last - first);
+
+    const char* columns[MMAS];
+    for (int n = 0; n < MMAS; n++)
+        columns[n] = staged + (COLUMNS == 1 ? 0 : min(8 * n + lane / 4, rows - 1)) * stride + lane % 4 * 16;
+    int slot = 0, turn = 0;
+    for (int tile = blockIdx.x * TEAMS; tile < tiles; tile += gridDim.x * TEAMS, turn ^= 1) {
+        float total[MMAS][4] = {};
+        for (int step = tile + team < tiles ? first + member : last; step < last; step += MEMBERS) {
+            wait<STAGES - 2>();
+            __syncwarp();  // other lanes fetched the scales; and all have read what is overwritten now
+            fetch_next(slot == 0 ? STAGES - 1 : slot - 1);
+            const char* at[MMAS];
+            for (int n = 0; n < MMAS; n++) at[n] = columns[n] + (step - first) * 2 * STEP;
+            multiply(ring + slot * RECORD, at, sums + (step - first) * GROUPS * COLUMNS, lane, total);
+            slot = slot == STAGES - 1 ? 0 : slot + 1;
+        }
+        float* own = parts + (turn * WARPS + warp) * TILE * COLUMNS;
+        for (int n = 0; n < MMAS; n++)
+            for (int i = 0; i < 4; i++)
+                if (COLUMNS > 1) own[(lane / 4 + i / 2 * 8) * COLUMNS + 8 * n + lane % 4 * 2 + i % 2] = total[n][i];
+                else if (lane % 4 == 0 && i % 2 == 0) own[lane / 4 + i / 2 * 8] = total[n][i];
+        __syncthreads();
+        for (int i = threadIdx.x; i < TEAMS * TILE * rows; i += THREADS) {
+            const int m = i / (TEAMS * TILE), output = i % (TEAMS * TILE), n = tile * TILE + output;
+            if (n >= out_features) continue;
+            const float* part = parts + ((turn * WARPS + output / TILE * MEMBERS) * TILE + output % TILE) * COLUMNS + m;
+            float value = 0.0f;
+            for (int w = 0; w < MEMBERS; w++) value += part[w * TILE * COLUMNS];
+            value *= power_for(peaks[m], true);
+            const long long at = (long long)m * out_features + n;
+            if (gridDim.y > 1) sums_out[(long long)blockIdx.y * rows * out_features + at] = value;
+            else y[at] = rounded(value + (bias ? widened(bias[n]) : 0.0f));
+        }
+    }
+    wait<0>();
+}
+
+// y [rows, out_features] = sum of sums [slices, rows, out_features] + b
+extern "C" __global__ void __launch_bounds__(128) combine(
+    const float* sums, const u16* bias, u16* y, int slices, int rows, int out_features) {
+    wait_for_inputs();
+    const int i = blockIdx.x * 128 + threadIdx.x, size = rows * out_features;
+    if (i >= size) return;
+    float value = 0.0f;
+    for (int slice = 0; slice < slices; slice++) value += sums[(long long)slice * size + i];
+    y[i] = rounded(value + (bias ? widened(bias[i % out_features]) : 0.0f));
+}
