@@ -8,10 +8,12 @@ Verification reads a folder back as `load` would and compares every code, scale 
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ from planish.qtensor import QTensor
 from planish.scheme import Scheme
 from planish.source import FolderSource, Source, find_folder
 from planish.tables import put_table, table_shapes
+
+Result = TypeVar("Result")
 
 PROCESSORS = "*processor_config.json"
 SIDE_FILES = (
@@ -93,15 +97,34 @@ class QuantizedFolder:
         return ((name, Packed.from_stream(stream.to(device))) for name, stream in self.streams())
 
     def streams(self) -> Iterator[tuple[str, Stream]]:
-        """(name, Stream) of each quantized layer, one at a time."""
+        """(name, Stream) of each quantized layer; some are read ahead."""
+        return self.each(lambda name, stream: stream)
+
+    def each(self, work: Callable[[str, Stream], Result]) -> Iterator[tuple[str, Result]]:
+        """(name, work(name, Stream)) of each quantized layer, in order; two are being worked on at a time."""
         of_layer: dict[str, list[str]] = {name: [] for name in self.schemes}
         for key in self.source.names():
             name = key.rpartition(".")[0]
             if name in of_layer:
                 of_layer[name].append(key)
-        for name, scheme in self.schemes.items():
+
+        def done(name: str) -> tuple[str, Result]:
             tensors = {key: self.source.get(key) for key in of_layer[name]}
-            yield name, self.format.read(name, tensors, scheme, self.shapes[name])
+            return name, work(name, self.format.read(name, tensors, self.schemes[name], self.shapes[name]))
+
+        return _ahead(done, self.schemes)
+
+
+def _ahead(work: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
+    """work(name) for each name, in order, by two threads that are at most three results ahead."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for name in names:
+            pending.append(pool.submit(work, name))
+            if len(pending) > 3:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: PreTrainedModel) -> dict[str, Scheme]:
@@ -150,7 +173,7 @@ def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
         PlanishError: naming the layer that differs.
     """
     written = QuantizedFolder.open(folder)
-    read = {} if written is None else {name: stream.digest() for name, stream in written.streams()}
+    read = {} if written is None else dict(written.each(lambda name, stream: stream.digest()))
     for name in sorted(digests.keys() | read.keys()):
         if digests.get(name) != read.get(name):
             raise PlanishError(

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from planish.bitstream import Stream
 from planish.card import papers
@@ -82,24 +83,31 @@ def _convert(
     widened, rounded = _tables(folder, name, embeddings)
     schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded
     verify(format, schemes, folder.shapes | folder.tables)
-    skeleton, digests, ordered = source.skeleton(), {}, False
+    skeleton, ordered = source.skeleton(), False
+    digests: dict[str, str] = {}
     spell = disk_speller(skeleton)
-    tables = ((key, quantize_table(source.get(f"{key}.weight"), scheme)) for key, scheme in rounded.items())
+
+    def written(key: str, stream: Stream) -> tuple[str | None, dict[str, Tensor], bool]:
+        """Digest, tensors and whether columns have an order, of one layer in the new format."""
+        if key in widened:
+            return None, {f"{key}.weight": stream.qtensor().dequantize(source.dtype)}, False
+        return stream.digest(), format.write(key, stream), stream.order is not None
+
+    tables = ((key, Stream.of(quantize_table(source.get(f"{key}.weight"), rounded[key]))) for key in rounded)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        for key, stream in chain(folder.streams(), ((key, Stream.of(table)) for key, table in tables)):
-            if key in widened:
-                writer.add(spell(f"{key}.weight"), stream.qtensor().dequantize(source.dtype))
-                continue
-            digests[key] = stream.digest()
-            ordered |= stream.order is not None
-            for tensor_name, tensor in format.write(key, stream).items():
+        for key, (digest, tensors, moved) in chain(
+            folder.each(written), ((key, written(key, stream)) for key, stream in tables)
+        ):
+            digests |= {} if digest is None else {key: digest}
+            ordered |= moved
+            for tensor_name, tensor in tensors.items():
                 writer.add(spell(tensor_name), tensor)
         for tensor_name in plain_names(source, {*digests, *widened}):
             writer.add(spell(tensor_name), source.get(tensor_name))
         words = words_of(format, schemes, ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
         files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes)
-        return writer.finish(config, files, verify=lambda written: verify_folder(written, digests))
+        return writer.finish(config, files, verify=lambda made: verify_folder(made, digests))
 
 
 def _tables(folder: QuantizedFolder, format: str, embeddings: int | None) -> tuple[set[str], dict[str, Scheme]]:
