@@ -22,7 +22,6 @@ from planish.formats import verify as verify_schemes
 from planish.formats.format import Format
 from planish.gguf_file import check as check_gguf
 from planish.journal import Journal
-from planish.kernels.linear import packed_layers
 from planish.log import Progress, RunManifest, versions
 from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
@@ -116,8 +115,6 @@ def resolve(
         raise PlanishError(f"no format {format!r}: {nearest(format, [*FORMATS, GGUF])}")
     built = _recipe(recipe, preset, keys)
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
-    if isinstance(model, PreTrainedModel) and packed_layers(model):
-        raise PlanishError(f"the {type(model).__name__} is quantized already; give the 16-bit original")
     source = open_source(model, revision=revision)
     skeleton = source.skeleton()
     arch = discover(skeleton)
@@ -125,16 +122,15 @@ def resolve(
     schemes = scheme_map.resolve(shapes)
     every = {name: schemes.get(name) for name in shapes}
     asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
-    if asked == GGUF:
-        check_gguf(source, schemes, shapes)
     bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings
     chosen = _format(asked, every, shapes, bits)
-    own, _ = split_preset(recipe, preset)
+    if asked == GGUF:
+        check_gguf(source, schemes, shapes)
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
     return Resolved(
         source=source,
         recipe=built,
-        keys={**own, **keys},
+        keys={**split_preset(recipe, preset)[0], **keys},
         schemes=schemes,
         scheme_text=str(scheme_map),
         shapes=shapes,
