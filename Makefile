@@ -2,6 +2,7 @@
 # make test           every test that takes seconds (15 minutes in all on 2 cores)
 # make test-all       ... and those that take minutes
 # make test-interop   do other toolkits read what we write? (makes environments of their own)
+# make fuzz           thousands of damaged checkpoints: each loads or is refused by one line (10 minutes)
 # make lint           ruff and mypy
 # make clean          what make made, but for the downloaded model
 #
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 export PLANISH_SMOLLM2 := $(abspath $(MODEL))
 
-.PHONY: demo demo-tiny test test-all test-interop lint clean
+.PHONY: demo demo-tiny test test-all test-interop fuzz lint clean
 
 demo: $(VENV)/ready $(MODEL)/conversion.json
 	$(BIN)/python examples/demo.py $(MODEL) --out out/demo
@@ -31,6 +32,10 @@ test-all: $(VENV)/ready $(MODEL)/conversion.json
 
 test-interop: $(VENV)/ready $(MODEL)/conversion.json
 	$(BIN)/python tests/interop/run.py $(MODEL)
+	$(BIN)/python tests/interop/llama_cpp.py $(MODEL)
+
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/fuzz/fuzz.py --cases 10000
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

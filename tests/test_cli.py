@@ -267,3 +267,60 @@ def test_module_and_command_are_one():
     shown = subprocess.run([sys.executable, "-m", "planish", "recipes", "signrond"], capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr == "planish: no recipe 'signrond': did you mean 'signround'?\n"
+
+
+def test_export_measure_and_report(planish, tiny_llama, tmp_path, text):
+    q4, out, page = tmp_path / "q4", tmp_path / "gptq", tmp_path / "page.html"
+    assert planish("quantize", tiny_llama(), "--recipe", "rtn", "--out", q4, "--scheme", "w4g32").status == 0
+    measured = planish("eval", q4, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu")
+    assert (
+        measured.status == 0 and f"| perplexity | `{text.name}`, windows of 32 tokens" in (q4 / "README.md").read_text()
+    )
+    made = planish("export", q4, "--format", "gptq", "--out", out)
+    assert made.status == 0 and f"wrote {out}" in made.out, made.err
+    assert json.loads((out / "eval.json").read_text()) == json.loads((q4 / "eval.json").read_text())
+    shown = planish("report", q4, out, "--out", page)
+    assert shown.status == 0 and text.name in page.read_text(), shown.err
+    assert "loads in Planish, vllm, sglang, transformers" in planish("info", out).out
+
+
+def test_a_card_that_somebody_changed_is_left_alone(planish, tiny_llama, tmp_path, text):
+    q4 = tmp_path / "q4"
+    planish("quantize", tiny_llama(), "--recipe", "rtn", "--out", q4, "--scheme", "w4g32")
+    (q4 / "README.md").write_text("mine")
+    planish("eval", q4, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu")
+    assert (q4 / "README.md").read_text() == "mine" and (q4 / "eval.json").is_file()
+
+
+def test_plan_says_what_quantize_would_take(planish, tiny_llama, text):
+    quick = ("steps=2", *QUICK, "--data", text, "--target", "transformers")
+    planned = planish("plan", tiny_llama(), *quick, "--no-probe")
+    assert planned.status == 0, planned.err
+    for word in (
+        "on disk",
+        "host memory",
+        "time          not measured",
+        "transformers  pip install auto-round",
+        "it fits",
+    ):
+        assert word in planned.out
+
+
+def test_quantize_for_a_target(planish, tiny_llama, tmp_path):
+    made = planish(
+        "quantize",
+        tiny_llama(),
+        "--recipe",
+        "rtn",
+        "--scheme",
+        "w2g32asym",
+        "--target",
+        "vllm",
+        "--out",
+        tmp_path / "q",
+    )
+    assert made.status == 2 and "vllm can't load w2g32asym" in made.err and not (tmp_path / "q").exists()
+    made = planish(
+        "quantize", tiny_llama(), "--recipe", "rtn", "--scheme", "w2g32", "--target", "vllm", "--out", tmp_path / "q"
+    )
+    assert made.status == 0 and "format compressed_tensors" in made.out

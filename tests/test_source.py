@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from planish.arch import discover
 from planish.errors import PlanishError
+from planish.guard import Stored
 from planish.skeleton import build
 from planish.source import FolderSource, QuantizedOnceWarning, Source, open_source
 
@@ -340,6 +341,133 @@ def test_nan_is_named(tiny_llama: Tiny, bad: float) -> None:
             read()
 
 
+def _configure(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, r"config\.json says num_hidden_layers is 1000000000, but there are 21 tensors"),
+        ({"num_labels": 10**9}, "says num_labels is"),
+        ({"num_hidden_layers": -1}, "says num_hidden_layers is -1, but there are 21 tensors"),
+        ({"num_hidden_layers": "x"}, r"transformers can't read config\.json"),
+        ({"num_hidden_layers": 200}, r"layers\.2\..* is missing"),
+        ({"hidden_size": 10**12}, r"on disk but by config\.json \[\d+, 1000000000000\]"),
+        ({"hidden_size": -64}, "makes no language model of it"),
+        ({"num_attention_heads": 0}, "can't read|makes no language model"),
+        ({"vocab_size": 10**30}, "makes no language model of it"),
+        ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
+        ({"hidden_act": "nonesuch"}, "makes no language model of it"),
+        ({"dtype": "int8"}, "makes no language model of it"),
+        ({"dtype": "nonesuch"}, "can't read|makes no language model"),
+        ({"rope_parameters": {"rope_type": "nonesuch", "rope_theta": 0}}, "transformers|computed"),
+        ({"head_dim": 250}, r"on disk but by config\.json"),
+        ({"head_dim": 10**12}, "says head_dim is 1000000000000"),
+        ({"model_type": "roformer"}, "roformer, an encoder; give a decoder-only language model"),
+        ({"model_type": "gptj", "n_positions": 10**9}, r"tensor .* is missing|fused|megabytes|MB of tables"),
+        ({"attn_implementation": "org/kernel"}, "asks for code of the hub"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "refers to other files"),
+        ({"quantization_config": "gptq"}, "quantization_config is 'gptq', not an object"),
+    ],
+)
+def test_crafted_configuration(tiny_llama: Tiny, changes: dict[str, object], match: str) -> None:
+    folder = _configure(tiny_llama(), **changes)
+    with pytest.raises(PlanishError, match=match) as caught:
+        open_source(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_out_of_proportion_are_not_computed(tmp_path: Path) -> None:
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=16, n_positions=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert open_source(tmp_path).skeleton().transformer.h[0].attn.embed_positions.shape[0] == 64
+    _configure(tmp_path, n_positions=10**9)
+    with pytest.raises(PlanishError, match=r"computes \d+ MB of tables for itself, far more than the 0 MB"):
+        open_source(tmp_path)
+
+
+def test_parts_out_of_proportion_are_not_made(tiny_llama: Tiny) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny_llama())
+    config.num_hidden_layers = 10**6
+    with pytest.raises(PlanishError, match="far more parts than there are tensors"):
+        build(config, torch.float32, "it", False, Stored(tensors=21, largest=272, bytes=10**6))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_wrong_dtype_is_named(tiny_llama: Tiny, dtype: torch.dtype) -> None:
+    folder, name = tiny_llama(), "model.layers.1.mlp.up_proj.weight"
+    _edit(folder, lambda all: all.update({name: all[name].to(dtype)}))
+    with pytest.raises(PlanishError, match=rf"{name} is stored as [A-Z0-9_]+, not as one of F64, F32, F16, BF16"):
+        open_source(folder)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tiny_llama: Tiny) -> Path:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama())
+    model.save_pretrained(tmp_path / "s", max_shard_size="50KB")
+    return tmp_path / "s"
+
+
+def _reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_index_outside_of_the_folder(shards: Path, tiny_llama: Tiny) -> None:
+    outside = tiny_llama() / "model.safetensors"
+    for file in (f"../{outside.parent.name}/model.safetensors", str(outside)):
+        _reindex(shards, lambda names, file=file: names.update({"model.norm.weight": file}))
+        with pytest.raises(PlanishError, match="shards are .safetensors files beside the index"):
+            open_source(shards)
+
+
+def test_index_that_names_what_a_shard_lacks(shards: Path) -> None:
+    _reindex(shards, lambda names: names.update({"model.norm.weight": names["model.embed_tokens.weight"]}))
+    with pytest.raises(PlanishError, match=r"puts model\.norm\.weight in model-.*, which hasn't got it"):
+        open_source(shards)
+
+
+def test_tensor_in_two_shards(shards: Path) -> None:
+    first, second, *_ = sorted(shards.glob("model-*.safetensors"))
+    save_file(load_file(first) | {"model.extra": torch.ones(2)}, first)
+    save_file(load_file(second) | {"model.extra": torch.ones(2)}, second)
+    with pytest.raises(PlanishError, match=r"model\.extra is in model-00001.* and in model-00002"):
+        open_source(shards)
+
+
+def test_linked_files_are_read(shards: Path, tmp_path: Path) -> None:
+    # the hub's cache keeps files elsewhere, under other names
+    (tmp_path / "linked").mkdir()
+    for file in shards.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    assert torch.equal(_logits(_load_by_parts(open_source(tmp_path / "linked"))),
+                       _logits(_load_by_parts(open_source(shards))))
+
+
+def test_overlapping_tensors(tiny_llama: Tiny) -> None:
+    file = tiny_llama() / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"] = [0, 128]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(PlanishError, match=r"model\.safetensors is truncated or damaged"):
+        open_source(file.parent)
+
+
+def test_damaged_tokenizer(tiny_llama: Tiny) -> None:
+    folder = tiny_llama()
+    (folder / "tokenizer.json").write_text('{"version": 5, "model": []}')
+    with pytest.raises(PlanishError, match="can't read the tokenizer"):
+        open_source(folder).tokenizer()
+
+
 def test_no_such_tensor(tiny_llama: Tiny) -> None:
     folder = tiny_llama()
     in_memory = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -430,5 +558,32 @@ def test_gguf_without_its_package(gguf_file: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.filterwarnings("ignore::planish.source.QuantizedOnceWarning")
 def test_damaged_gguf(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(10))
-    with pytest.raises(PlanishError, match=r"bad\.gguf: transformers can't read it"):
+    with pytest.raises(PlanishError, match=r"bad\.gguf is truncated or damaged"):
         open_source(tmp_path / "bad.gguf")
+
+
+@pytest.mark.filterwarnings("ignore::planish.source.QuantizedOnceWarning")
+def test_gguf_of_the_same_name_in_the_working_directory(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "tiny.gguf").write_bytes(b"another")
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_source(Path("..") / "tiny.gguf").get("model.norm.weight").shape == (32,)
+
+
+@pytest.mark.filterwarnings("ignore::planish.source.QuantizedOnceWarning")
+def test_gguf_that_lacks_a_tensor(gguf_file: Path) -> None:
+    data = gguf_file.read_bytes()
+    gguf_file.write_bytes(data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
+    with pytest.raises(PlanishError, match=r"the tensor of model\.layers\.0\.mlp\.up_proj\.weight is missing"):
+        open_source(gguf_file)
+
+
+@pytest.mark.filterwarnings("ignore::planish.source.QuantizedOnceWarning")
+def test_gguf_that_promises_a_larger_model(gguf_file: Path) -> None:
+    data = gguf_file.read_bytes()
+    at = data.index(b"llama.feed_forward_length") + len(b"llama.feed_forward_length") + 4
+    gguf_file.write_bytes(data[:at] + (10**9).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(PlanishError, match="make a larger model than its tensors are"):
+        open_source(gguf_file)

@@ -25,6 +25,7 @@ from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
 from planish.formats import detect
 from planish.formats.format import Format
+from planish.guard import read_json, reading
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
 from planish.naming import disk_speller
@@ -80,12 +81,18 @@ class QuantizedFolder:
         how = source.quantization_config
         if how is None:
             return None
-        found = detect(how)
-        skeleton = source.skeleton()
-        arch = discover(skeleton)
-        shapes, around = linears(arch, skeleton), table_shapes(arch, skeleton)
-        schemes = layer_schemes(found, how, arch, skeleton)
-        shapes |= {name: shape for name, shape in around.items() if name in schemes}
+        with reading(f"{source.label}: quantization_config can't be read", "check config.json"):
+            found = detect(how)
+            skeleton = source.skeleton()
+            arch = discover(skeleton)
+            shapes, around = linears(arch, skeleton), table_shapes(arch, skeleton)
+            schemes = layer_schemes(found, how, arch, skeleton)
+            shapes |= {name: shape for name, shape in around.items() if name in schemes}
+        for name, scheme in schemes.items():
+            if scheme.group_in(shapes[name][1]) > shapes[name][1]:
+                raise PlanishError(
+                    f"{name}: {scheme} has a group larger than its {shapes[name][1]} inputs; check config.json"
+                )
         return cls(source=source, format=found, schemes=schemes, shapes=shapes, tables=around, embedding=arch.embedding)
 
     def layers(self) -> Iterator[tuple[str, QTensor]]:
@@ -110,7 +117,9 @@ class QuantizedFolder:
 
         def done(name: str) -> tuple[str, Result]:
             tensors = {key: self.source.get(key) for key in of_layer[name]}
-            return name, work(name, self.format.read(name, tensors, self.schemes[name], self.shapes[name]))
+            with reading(f"{self.source.label}: {name} can't be read"):
+                stream = self.format.read(name, tensors, self.schemes[name], self.shapes[name])
+            return name, work(name, stream)
 
         return _ahead(done, self.schemes)
 
@@ -162,7 +171,9 @@ def assemble(
         config.use_cache = True
     model.config.name_or_path = str(source.folder or source.config.name_or_path)
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+        read_json(source.folder / "generation_config.json")
+        with reading(f"{source.label}: generation_config.json can't be read"):
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+MAX_BYTES = 4 << 20  # of a run.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -91,9 +93,13 @@ class RunManifest:
     def read(cls, folder: Path) -> "RunManifest | None":
         """The manifest in a folder, or None if it has none; another tool's run.json is none."""
         try:
-            return cls(**json.loads((folder / "run.json").read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            file = folder / "run.json"
+            if file.stat().st_size > MAX_BYTES:
+                return None
+            found = cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        return found if isinstance(found.keys, dict) and isinstance(found.figures, dict) else None
 
 
 def versions() -> dict[str, str]:

@@ -5,11 +5,11 @@
     source.load(block, "model.layers.0", device)  ...  source.unload(block)
 
 Names are those of the model's modules, however the files spell them (see `naming`); tied tensors go by the
-embedding's name. It knows nothing of quantizers or formats.
+embedding's name. What a checkpoint says of itself is checked (see `guard`) before anything is made of it. Knows
+nothing of quantizers or formats.
 """
 
 import copy
-import json
 import os
 import re
 import warnings
@@ -29,10 +29,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from planish.arch import discover
 from planish.errors import PlanishError, first_line
+from planish.guard import MAX_TENSORS, Stored, check_config, check_gguf, check_header, read_index, read_json, reading
 from planish.naming import module_names
-from planish.skeleton import build, is_unstarted, on_meta, put, ready, tied_names
+from planish.skeleton import build, is_unstarted, on_meta, put, ready, start_buffers, tied_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# dtypes of parameters, as safetensors spells them
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_QUANTIZED = (nn.Linear, nn.Embedding)  # modules whose weight may be stored under other names
+_MOST_PER_BYTE = 8  # weights, in the smallest type that GGUF has
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*.safetensors"]
 
 
@@ -140,20 +146,21 @@ class Source(ABC):
                 self.unload(self._model.get_submodule(name))
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or not tensor.numel():
+        if tensor.dtype not in _FLOATS.values() or not tensor.numel():
             return
         low, high = tensor.aminmax()  # NaN passes through; no temporary of the tensor's size
         if not (low.isfinite() and high.isfinite()):
             raise PlanishError(f"{self.label}: {name} holds NaN or infinity; get the checkpoint again")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor lies: its file, its name there, its shape."""
+    """Where a tensor lies: its file, its name there, its shape, its dtype as safetensors spells it."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 class FolderSource(Source):
@@ -170,24 +177,30 @@ class FolderSource(Source):
         self, folder: Path, *, label: str | None = None, trust_remote_code: bool = False, quantized: bool = False
     ) -> None:
         label = label or str(folder)
+        if not (folder / "config.json").is_file():
+            raise PlanishError(f"{label} has no config.json; give the folder of a Hugging Face model")
+        said, on_disk = read_json(folder / "config.json"), _scan(folder, label)
+        stored = _sum(on_disk)
+        check_config(said, stored, folder / "config.json")
         config = _read_config(folder, label, trust_remote_code)
         self.quantization_config: dict[str, Any] | None = getattr(config, "quantization_config", None)
         if not quantized:
             _refuse_quantized(config, label)
         elif self.quantization_config is not None:
             del config.quantization_config
-        on_disk = _scan(folder, label)
         self._trust = trust_remote_code
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(on_disk)
-        model = build(config, dtype, label, trust_remote_code)
+        model = build(config, dtype, label, trust_remote_code, stored)
         self._places = {name: on_disk[key] for key, name in module_names(model, on_disk).items()}
         if self._untie(model):
             config.tie_word_embeddings = model.config.tie_word_embeddings = False
-        super().__init__(model, config, label, folder)
+        with reading(f"{label}: transformers can't use config.json", "check it"):
+            super().__init__(model, config, label, folder)
         for name, group in self._ties.items():
             if name in self._places and name != group[0]:
                 self._places.setdefault(group[0], self._places.pop(name))
         self._check_parameters(quantized)
+        start_buffers(model, label, stored)
         self._fill_buffers()
 
     def names(self) -> list[str]:
@@ -197,7 +210,11 @@ class FolderSource(Source):
         assert self.folder is not None
         if not any(self.folder.glob("tokenizer*")):
             return None
-        return transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
+        for file in (self.folder / name for name in _TOKENIZER_FILES):
+            if file.is_file():
+                read_json(file)
+        with reading(f"{self.label}: transformers can't read the tokenizer"):
+            return transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         by_file = defaultdict(list)
@@ -208,7 +225,9 @@ class FolderSource(Source):
         for file, inside in by_file.items():
             with _opened(file) as handle:
                 for name in inside:
-                    yield name, handle.get_tensor(self._places[name].key)
+                    with reading(f"{file}: {name} can't be read"):
+                        tensor = handle.get_tensor(self._places[name].key)
+                    yield name, tensor
 
     def _untie(self, model: PreTrainedModel) -> bool:
         """Give tied parameters that differ on disk their own; True if there were any."""
@@ -216,35 +235,51 @@ class FolderSource(Source):
         apart = [
             name
             for first, name in pairs
-            if first in self._places
-            and name in self._places
-            and not torch.equal(*dict(self._read([first, name])).values())
+            if first in self._places and name in self._places and not self._same(first, name)
         ]
         for name in apart:
             put(model, name, on_meta(model.get_parameter(name)))
         return bool(apart)
 
+    def _same(self, first: str, second: str) -> bool:
+        one, other = self._places[first], self._places[second]
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in _FLOATS:
+            return False
+        return torch.equal(*dict(self._read([first, second])).values())
+
     def _check_parameters(self, quantized: bool) -> None:
         for name, parameter in self._model.named_parameters():
             place = self._places.get(name)
             if place is None:
-                if quantized:
+                owner, _, leaf = name.rpartition(".")
+                if quantized and leaf == "weight" and isinstance(self._model.get_submodule(owner), _QUANTIZED):
                     continue
                 discover(self._model)  # what it refuses (fused experts, no blocks) is the better reason
                 raise PlanishError(
                     f"{self.label}: the tensor {name} is missing; get the checkpoint again, "
                     "or load it with transformers and pass the model"
                 )
-            if place.shape != parameter.shape:
-                raise PlanishError(
-                    f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
-                    f"{list(parameter.shape)}; get the checkpoint again"
-                )
+            self._check_place(name, place, parameter)
+
+    def _check_place(self, name: str, place: _Place, wanted: Tensor) -> None:
+        if place.shape != wanted.shape:
+            raise PlanishError(
+                f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
+                f"{list(wanted.shape)}; get the checkpoint again"
+            )
+        if wanted.is_floating_point() and place.dtype not in _FLOATS:
+            raise PlanishError(
+                f"{self.label}: {name} is stored as {place.dtype}, not as one of {', '.join(_FLOATS)}; "
+                "give the 16-bit original"
+            )
 
     def _fill_buffers(self) -> None:
         """Persistent buffers come from disk; one that the model itself didn't start either is refused."""
         names = [name for name, _ in self._model.named_buffers()]
-        for name, tensor in self._read([name for name in names if name in self._places]):
+        on_disk = [name for name in names if name in self._places]
+        for name in on_disk:
+            self._check_place(name, self._places[name], self._model.get_buffer(name))
+        for name, tensor in self._read(on_disk):
             self._check_finite(name, tensor)
             put(self._model, name, tensor.clone())
         for name in names:
@@ -287,23 +322,39 @@ class GgufSource(MemorySource):
     """A .gguf file, dequantized to bf16 in memory by transformers."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.bfloat16,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-            )
-        except ImportError as error:
-            raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
-        except Exception as error:  # a damaged file can raise anything
-            raise PlanishError(f"{path}: transformers can't read it ({first_line(error)})") from error
+        self._path = path.absolute()  # a bare name would be looked for in the working directory first
+        with reading(f"{path}: transformers can't read it", "get it again"):
+            try:
+                model = self._model_of(check_gguf(path))
+            except ImportError as error:
+                raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
         model.config.architectures = [type(model).__name__]
         super().__init__(model, label=str(path))
 
+    def _model_of(self, stored: Stored) -> PreTrainedModel:
+        """Made without weights first, to know that what is asked for is there."""
+        folder, file = self._path.parent, str(self._path)
+        config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
+        skeleton = build(config, torch.bfloat16, file, False, stored)
+        sizes = [parameter.numel() for parameter in skeleton.parameters()]
+        if len(sizes) > stored.tensors or sum(sizes) > _MOST_PER_BYTE * stored.bytes:
+            raise PlanishError(f"{file}: its metadata make a larger model than its tensors are; get it again")
+        made: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=file,
+            config=config,
+            dtype=torch.bfloat16,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        model, report = made
+        if report["missing_keys"]:
+            raise PlanishError(f"{file}: the tensor of {min(report['missing_keys'])} is missing; get it again")
+        return model
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return transformers.AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+        with reading(f"{self.label}: transformers can't read the tokenizer", "get it again"):
+            return transformers.AutoTokenizer.from_pretrained(self._path.parent, gguf_file=str(self._path))
 
 
 def open_source(
@@ -364,16 +415,9 @@ def _download(hub_id: str, revision: str | None, code: bool) -> Path:
 
 
 def _read_config(folder: Path, label: str, code: bool) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise PlanishError(f"{label} has no config.json; give the folder of a Hugging Face model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
-    except (ValueError, KeyError, OSError) as error:
-        raise PlanishError(
-            f"{label}: transformers can't read config.json ({first_line(error)}); "
-            "a model with code of its own needs trust_remote_code"
-        ) from error
-    return config
+    mend = "a model with code of its own needs trust_remote_code"
+    with reading(f"{label}: transformers can't read config.json", mend):
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code)
 
 
 def _refuse_quantized(config: PreTrainedConfig, label: str) -> None:
@@ -385,44 +429,56 @@ def _refuse_quantized(config: PreTrainedConfig, label: str) -> None:
 
 def _scan(folder: Path, label: str) -> dict[str, _Place]:
     """Every tensor of the checkpoint by its name on disk, from the headers alone."""
-    index = folder / "model.safetensors.index.json"
+    index, named = folder / "model.safetensors.index.json", {}
     if index.is_file():
-        files = _shards(index)
+        named = read_index(index)
+        files = sorted(set(named.values()))
     elif (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     else:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = f"only pickled weights ({pickled[0]})" if pickled else "no model.safetensors"
         raise PlanishError(f"{label} holds {found}; load it with transformers and save_pretrained() it first")
-    places = {}
+    places: dict[str, _Place] = {}
     for file in files:
-        with _opened(folder / file) as handle:
-            for key in sorted(handle.keys()):
-                places[key] = _Place(folder / file, key, tuple(handle.get_slice(key).get_shape()))
+        for key, place in _tensors(folder / file):
+            if key in places:
+                raise PlanishError(f"{label}: {key} is in {places[key].file.name} and in {file}; get it again")
+            places[key] = place
+        if len(places) > MAX_TENSORS:
+            raise PlanishError(f"{label} has more than {MAX_TENSORS} tensors; give a smaller model")
+    for key, file in named.items():
+        if key not in places or places[key].file.name != file:
+            raise PlanishError(f"{index} puts {key} in {file}, which hasn't got it; get the checkpoint again")
     return places
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise PlanishError(f"{index} is damaged ({first_line(error)}); get the checkpoint again") from error
+def _tensors(file: Path) -> Iterator[tuple[str, _Place]]:
+    """(name, place) of every tensor in a file."""
+    with _opened(file) as handle:
+        for key in sorted(handle.keys()):
+            part = handle.get_slice(key)
+            yield key, _Place(file, key, tuple(part.get_shape()), part.get_dtype())
+
+
+def _sum(places: dict[str, _Place]) -> Stored:
+    files = {place.file for place in places.values()}
+    return Stored(
+        tensors=len(places),
+        largest=max((size for place in places.values() for size in place.shape), default=0),
+        bytes=sum(file.stat().st_size for file in files),
+    )
 
 
 def _opened(file: Path) -> safe_open:
     """A safetensors file, mapped into memory until it is left: copy what shall stay."""
     try:
+        check_header(file)
         return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise PlanishError(f"{file} is missing; get the checkpoint again") from error
     except (SafetensorError, OSError) as error:
         raise PlanishError(f"{file} is truncated or damaged ({first_line(error)}); get it again") from error
 
 
 def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
     """The first floating-point dtype on disk, as transformers does where config.json names none."""
-    for place in places.values():
-        with _opened(place.file) as handle:
-            if (tensor := handle.get_tensor(place.key)).is_floating_point():
-                return tensor.dtype
-    return torch.float32
+    return next((_FLOATS[place.dtype] for place in places.values() if place.dtype in _FLOATS), torch.float32)

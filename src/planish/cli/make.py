@@ -177,6 +177,55 @@ def finetune(
 
 
 @app.command(no_args_is_help=True)
+def plan(
+    model: ModelName,
+    pairs: Pairs = None,
+    recipe: Annotated[str, Option(help="Method by name, or ./mine.py:function.")] = "signround",
+    preset: Annotated[str | None, optional("fast, light, default, best, paper.")] = None,
+    scheme: Annotated[str | None, optional("Such as w4g128 (the default), w2g64asym, w4pc.")] = None,
+    bits: Annotated[int | None, optional("Short for a scheme: 2 is w2g64; 3, 4, 8 have g128.")] = None,
+    data: Annotated[str, Option(help="Calibration text.")] = "embedded",
+    samples: Annotated[int | None, optional("Windows of that text.")] = None,
+    seqlen: Annotated[int | None, optional("Tokens of a window.")] = None,
+    layers: Annotated[list[str] | None, optional("Scheme of some linears.", metavar="REGEX=SCHEME")] = None,
+    ignore: Annotated[list[str] | None, optional("Linears to leave in 16 bits.", metavar="REGEX")] = None,
+    format: Format = "auto",
+    target: Target = None,
+    tp: TensorParallel = 1,
+    embeddings: Annotated[int | None, optional("Bits of embedding and head: 16, 8 or 4 (native, gguf).")] = None,
+    device: Device = None,
+    batch_size: Annotated[int | None, optional("Windows a step.")] = None,
+    revision: Annotated[str | None, optional("Of a hub model.")] = None,
+    storage: Annotated[str, Option(help="Where activations wait: auto, device, host, disk.")] = "auto",
+    gpu_memory: Annotated[
+        str | None, optional("Of the GPU to plan for, such as 24GB; the one here if there is.")
+    ] = None,
+    probe: Annotated[bool, Option(help="Measure a few steps, to tell the time.")] = True,
+) -> None:
+    """Say what planish quantize would take and give, before it: memory, disk, time, and who loads the result.
+
+    \b
+      planish plan ./model --bits 2 --preset best
+      planish plan Qwen/Qwen3-8B --gpu-memory 24GB --target vllm
+
+    It takes the options of planish quantize. What doesn't fit gets flags with which it would.
+    """
+    from planish import forecast, request
+
+    memory = None if gpu_memory is None else forecast.parse_size(gpu_memory)
+    asked = request.with_batch(recipe, batch_size, _keys(pairs or [], plan))
+    resolved = request.resolve(
+        model, recipe, _scheme(scheme, bits), layers=tuple(layers or ()), ignore=tuple(ignore or ()), preset=preset,
+        revision=revision, format=format, target=target, tp=tp, embeddings=embeddings, samples=samples, seqlen=seqlen,
+        **asked,
+    )  # fmt: skip
+    found = forecast.forecast(
+        resolved, data=data, device=device, batch_size=batch_size, storage=storage, gpu_memory=memory, probe=probe
+    )
+    say("\n".join(found.lines()))
+
+
+@app.command(no_args_is_help=True)
 def export(
     folder: Folder,
     out: Out = None,

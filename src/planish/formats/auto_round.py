@@ -13,7 +13,6 @@ with 16 bits; `extra_config` also holds mixed bits and layers outside of blocks.
 no backend for groups that don't divide a row, or for rows and columns not in multiples of 32.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
 from planish.formats.gptq import check_layout, read_layout, scheme_from, scheme_of, write_layout
 from planish.formats.layers import block_of, most_common
+from planish.guard import Patterns
 from planish.scheme import Scheme
 
 NAME = "auto_round"
@@ -86,9 +86,9 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
     """
     blocks = config.get("block_name_to_quantize")
     starts = tuple(blocks.split(",")) if isinstance(blocks, str) else tuple(blocks or ())
-    found = {}
+    found, regexes = {}, Patterns()
     for layer in shapes:
-        entry = _exception(config.get("extra_config") or {}, layer, shapes)
+        entry = _exception(config.get("extra_config") or {}, layer, shapes, regexes)
         in_block = layer.startswith(starts) if blocks is not None else block_of(layer) is not None
         merged = {**config, **(entry or {})}
         if (entry is None and not in_block) or int(merged.get("bits") or 16) >= 16:
@@ -98,13 +98,13 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def _exception(
-    extra: Mapping[str, Mapping[str, Any]], layer: str, shapes: Mapping[str, tuple[int, int]]
+    extra: Mapping[str, Mapping[str, Any]], layer: str, shapes: Mapping[str, tuple[int, int]], regexes: Patterns
 ) -> Mapping[str, Any] | None:
     """Entry of `extra_config` for a layer: its own name's, or the first that as a regex is found in it."""
     if layer in extra:
         return extra[layer]
     patterns = (key for key in extra if key not in shapes)
-    return next((extra[key] for key in patterns if re.search(key, layer)), None)
+    return next((extra[key] for key in patterns if regexes.search(key, layer)), None)
 
 
 def _readable(layer: str, entry: Mapping[str, Any], packing: str | None) -> Scheme:

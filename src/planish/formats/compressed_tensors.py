@@ -31,6 +31,7 @@ from planish.errors import PlanishError
 from planish.formats.format import Format
 from planish.formats.gptq import check_groups, in_order, read_order, scheme_of, take_scale
 from planish.formats.layers import most_common, take
+from planish.guard import Patterns
 from planish.scheme import Scheme
 
 NAME = "compressed_tensors"
@@ -146,9 +147,9 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
     _refuse_more(config)
     groups = {target: group for group in config.get("config_groups", {}).values() for target in _targets(group)}
     ignore = config.get("ignore") or ()
-    found = {}
+    found, regexes = {}, Patterns()
     for layer in shapes:
-        target = None if _match(layer, ignore) else _match(layer, groups)
+        target = None if _match(layer, ignore, regexes) else _match(layer, groups, regexes)
         if target is not None:
             found[layer] = _readable(layer, {"format": config.get("format"), **_said(groups[target])})
     return found
@@ -164,14 +165,11 @@ def _said(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if value is not None}
 
 
-def _match(layer: str, targets: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str | None:
+def _match(layer: str, targets: Mapping[str, Any] | list[str] | tuple[str, ...], regexes: Patterns) -> str | None:
     """The target that a linear's name is, or the first regex that matches it from its start, or its class."""
     if layer in targets:
         return layer
-    try:
-        found = next((t for t in targets if t.startswith("re:") and re.match(t[3:], layer)), None)
-    except re.error as error:
-        raise PlanishError(f"quantization_config has a regular expression that isn't one: {error}") from error
+    found = next((t for t in targets if t.startswith("re:") and regexes.match(t[3:], layer)), None)
     return CLASS if found is None and CLASS in targets else found
 
 

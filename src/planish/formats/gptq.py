@@ -26,6 +26,7 @@ from planish.bitstream import WORD, Stream, pack, unpack
 from planish.errors import PlanishError, UnsupportedScheme
 from planish.formats.format import Format
 from planish.formats.layers import block_of, most_common, take, within_block
+from planish.guard import Patterns
 from planish.qtensor import midpoint, own_columns
 from planish.scheme import Scheme
 
@@ -220,19 +221,19 @@ def config(name: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
 def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Scheme]:
     """Scheme of every quantized linear; heeds `modules_in_block_to_quantize`, `dynamic` and `lm_head`."""
     kept = [part for parts in config.get("modules_in_block_to_quantize") or [] for part in parts]
-    found = {}
+    found, regexes = {}, Patterns()
     for layer in shapes:
         in_block = block_of(layer) is not None and (not kept or layer.endswith(tuple(kept)))
-        override = _override(config.get("dynamic") or {}, layer)
+        override = _override(config.get("dynamic") or {}, layer, regexes)
         if override is not None and (in_block or (config.get("lm_head") and layer.endswith("lm_head"))):
             found[layer] = scheme_from({**config, **override})
     return found
 
 
-def _override(dynamic: Mapping[str, Mapping[str, Any]], layer: str) -> Mapping[str, Any] | None:
+def _override(dynamic: Mapping[str, Mapping[str, Any]], layer: str, regexes: Patterns) -> Mapping[str, Any] | None:
     """What `dynamic` changes for a layer; None if it leaves the layer in 16 bits."""
     for pattern, changes in dynamic.items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), layer):
+        if regexes.match(pattern.removeprefix("+:").removeprefix("-:"), layer):
             return None if pattern.startswith("-:") else changes
     return {}
 
