@@ -152,7 +152,7 @@ def test_gguf_alone_is_a_model(tmp_path):
     "changes",
     [{"figures": {"losses": [[0, 0], ["x", None], [1], 7], "errors": {"a": "b", "model.layers.0.q": math.inf}}},
      {"figures": {"losses": {"a": 1}, "errors": [1, 2], "seconds": "soon", "notes": "x", "end_to_end": [1.5]}},
-     {"layers": ["a"], "keys": 3, "versions": None, "samples": "many"},
+     {"layers": ["a"], "versions": None, "samples": "many"},
      {"layers": {"model.layers.0.q": "w9000", "lm_head": "w8g64", "model.layers.99999999999.q": "w2g64"}},
      {"layers": {f"model.layers.3.experts.{n}.up": "w2g64" for n in range(3)}, "scheme": ""}],
 )  # fmt: skip

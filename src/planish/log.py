@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-MAX_BYTES = 4 << 20  # of a run.json
+MAX_BYTES = 64 << 20  # of a run.json; one of thousands of experts takes a few million
 
 
 @dataclass(frozen=True, kw_only=True)
