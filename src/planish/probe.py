@@ -1,0 +1,245 @@
+"""Probe: the pace of a run, from a few steps of its first span, on the real weights and the real device.
+
+    seconds = samples (embedding + blocks * passing) + spans (span + steps * step)
+              + bytes / writing + tensors * entries of a shard * opening
+
+Two short runs of one span differ in their steps alone, so that their difference is the steps'. It goes through
+what the run goes through, the encoding and reading back of codes included. Knows nothing of how much is to be done.
+"""
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from planish.bitstream import Stream
+from planish.checkpoint import sync
+from planish.fit.spans import Job, Stage, run_stage
+from planish.fit.step import WARM_UP
+from planish.formats.format import Format
+from planish.qtensor import QTensor
+from planish.run import Run
+from planish.stream import BlockStream
+
+SHORT = 20.0  # seconds: a span that takes more isn't asked for many steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds of the parts of a run.
+
+    Args:
+        embedding: a sample, up to the first block.
+        passing: a sample through a block, with all of the streams.
+        forward: a sample through a block, once.
+        span: a span of `blocks`, without samples and steps. step: one of its steps.
+        once: what the first span takes more than another, such as compiling.
+        writing: bytes to disk in a second.
+        opening: a shard, for each entry of its header; one is opened anew for each tensor that is read back.
+        held: bytes on the GPU at most, without the streams; 0 on a CPU.
+    """
+
+    embedding: float
+    passing: float
+    forward: float
+    span: float
+    step: float
+    once: float
+    writing: float
+    opening: float
+    held: int
+    blocks: int
+
+    def seconds(
+        self, *, samples: int, blocks: int, steps: int, checked: int, written: int, tensors: int, shards: int
+    ) -> float:
+        """Of a whole run.
+
+        Args:
+            samples: in the streams. blocks: of the model. steps: of a span.
+            checked: samples that the held-out loss is measured on, all checks of a span together.
+            written: bytes of the checkpoint. tensors: of it, in so many shards.
+        """
+        spans = blocks / self.blocks
+        through = blocks * (samples * self.passing + checked * self.forward)
+        at_work = spans * (self.span + steps * self.step) + self.once
+        on_disk = written / self.writing + tensors * tensors / shards * self.opening
+        return samples * self.embedding + through + at_work + on_disk
+
+
+class _Timed(BlockStream):
+    """A stream that knows how long it took to pass through blocks."""
+
+    seconds, passes = 0.0, 0
+
+    def advance(self, stream: Tensor, block: nn.Module, index: int) -> None:
+        start = now(self.device)
+        super().advance(stream, block, index)
+        self.seconds, self.passes = self.seconds + now(self.device) - start, self.passes + 1
+
+
+class _First:
+    """The first blocks of a run, as if there were no more."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        self.names, self.load, self.unload = run.names[:count], run.load, run.unload
+
+
+@dataclass
+class _Sink:
+    """Takes codes as a run does: encoded, and read back as what is written will be."""
+
+    format: Format
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, name: str, quantized: QTensor) -> None:
+        stream = Stream.of(quantized).to("cpu")
+        tensors = self.format.write(name, stream)
+        stream.digest()
+        self.format.read(name, tensors, stream.scheme, stream.shape).digest()
+        self.tensors |= tensors
+
+
+def now(device: torch.device) -> float:
+    """Seconds, all work on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def pace_of(run: Run, format: Format) -> Pace:
+    """Measure a run's pace on its first span; nothing is kept.
+
+    Raises:
+        torch.OutOfMemoryError: if the span doesn't fit.
+    """
+    (stage,) = run.recipe.blocks
+    length = min(stage.fit.span if stage.fit else 1, run.arch.num_blocks)
+    if stage.fit is None:
+        first, second = (_span(run, format, stage, length) for _ in "ab")
+        return _pace(run, length, second, once=first.total - second.total)
+    few = 1 if run.device.type == "cpu" else WARM_UP + 2  # as many as a step takes to be captured and replayed
+    first = second = _span(run, format, _with_steps(stage, few), length)
+    if run.device.type == "cuda":  # the first one compiled
+        second = _span(run, format, _with_steps(stage, few), length)
+    more = 1 if second.total > SHORT else 4
+    third = _span(run, format, _with_steps(stage, few + more), length)
+    step = max(0.0, (third.total - third.passing - second.total + second.passing) / more)
+    return _pace(run, length, third, once=first.total - second.total, step=step, steps=few + more)
+
+
+def _with_steps(stage: Stage, steps: int) -> Stage:
+    assert stage.fit is not None
+    return dataclasses.replace(stage, fit=dataclasses.replace(stage.fit, steps=steps, checks=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    """Of one span: seconds in all, of the embedding, and of passing through blocks."""
+
+    total: float
+    embedding: float
+    passing: float
+    passes: int
+    samples: int
+    writing: float
+    opening: float
+    held: int
+
+
+def _span(run: Run, format: Format, stage: Stage, length: int) -> _Times:
+    """One span with as few samples as its batches take."""
+    on_gpu = run.device.type == "cuda"
+    before = torch.cuda.memory_allocated(run.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    start = now(run.device)
+    stream = None if run.ids is None else _stream(run, run.ids[: _samples(run, stage)], stage)
+    begun, sink = now(run.device), _Sink(format)
+    job = Job(
+        stage=stage,
+        blocks=_First(run, length),
+        schemes=run.schemes,
+        stream=stream,
+        sink=sink,
+        keep=lambda name, value: None,
+        device=run.device,
+        micro_batch=run.micro_batch,
+        seed=run.seed,
+    )
+    run_stage(job)
+    total = now(run.device) - begun
+    held = torch.cuda.max_memory_allocated(run.device) - before if on_gpu else 0
+    if stream is not None and stream.storage == "device":
+        held -= stream.fp.nbytes + stream.quant.nbytes
+    writing, opening = _disk(sink.tensors, run.stream_folder)
+    return _Times(
+        total=total,
+        embedding=begun - start,
+        passing=stream.seconds if stream else 0.0,
+        passes=stream.passes if stream else 0,
+        samples=len(stream) if stream else 0,
+        writing=writing,
+        opening=opening,
+        held=held,
+    )
+
+
+def _samples(run: Run, stage: Stage) -> int:
+    """As many as a batch takes beside those that are held out."""
+    batch = max(run.micro_batch, stage.fit.batch_size) if stage.fit else run.micro_batch
+    return batch + max(1, batch // 3) if stage.fit else batch
+
+
+def _stream(run: Run, ids: Tensor, stage: Stage) -> _Timed:
+    assert run.plan is not None
+    with run.source.lend(run.arch.around, run.device, run.dtype) as model:
+        blocks: Any = model.get_submodule(run.arch.blocks)
+        return _Timed(
+            model.get_submodule(run.arch.decoder),
+            blocks,
+            ids,
+            device=run.device,
+            storage=run.plan.where,
+            micro_batch=run.micro_batch,
+            quantized=stage.fit is not None,
+            directory=run.stream_folder,
+        )
+
+
+def _disk(tensors: dict[str, Tensor], folder: Path) -> tuple[float, float]:
+    """Bytes to disk in a second, and seconds to open a file for a tensor of it, for each entry of its header."""
+    with tempfile.NamedTemporaryFile(prefix="planish-probe-", dir=folder) as file:
+        start = time.perf_counter()
+        save_file(tensors, file.name)
+        sync(Path(file.name))
+        written = time.perf_counter()
+        for name in tensors:
+            with safe_open(file.name, framework="pt") as handle:
+                handle.get_tensor(name)
+        opened = time.perf_counter()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return size / (written - start), (opened - written) / len(tensors) ** 2
+
+
+def _pace(run: Run, length: int, times: _Times, *, once: float, step: float = 0.0, steps: int = 0) -> Pace:
+    samples = max(1, times.samples)
+    return Pace(
+        embedding=times.embedding / samples,
+        passing=times.passing / samples / length,
+        forward=times.passing / samples / max(1, times.passes),
+        span=max(0.0, times.total - times.passing - steps * step),
+        step=step,
+        once=max(0.0, once),
+        writing=times.writing,
+        opening=times.opening,
+        held=times.held,
+        blocks=length,
+    )

@@ -1,0 +1,255 @@
+"""The forecast: disk exact, memory as counted, what doesn't fit is mended by flags that do."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import planish
+from planish import qtensor
+from planish.errors import PlanishError
+from planish.fit.spans import Stage
+from planish.forecast import CONTEXT, duration, forecast, parse_size, seconds_of
+from planish.formats import FORMATS
+from planish.needs import Case, disk_of, needs_of
+from planish.plan import MARGIN, Room
+from planish.probe import Pace
+from planish.request import Resolved, resolve
+from planish.shadow import EAGER, META, Held, Ledger, held_by
+
+GB = 10**9
+Tiny = Callable[..., Path]
+SMALL = {"samples": 8, "seqlen": 32}
+IDS = torch.arange(8 * 1024).reshape(8, 1024) % 272
+
+
+@pytest.fixture(autouse=True)
+def no_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS's would hide all that a tiny model takes."""
+    monkeypatch.setattr("planish.needs.WORKSPACE", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * GB), ("24 gib", 24 * 2**30), ("1.5G", 1_500_000_000), ("500MB", 500_000_000), ("2TiB", 2**41)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "24 quarts", "-1GB", "0GB", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(PlanishError, match="write it as 24GB"):
+        parse_size(text)
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [("w4g32", "native"), ("w3g32asym", "native"), ("w2g32", "auto_round"), ("w4g32", "gptq"), ("w4g32asym", "gptq_v2"),
+     ("w4g32", "compressed_tensors")],
+)  # fmt: skip
+def test_disk_is_what_is_written(tiny_llama: Tiny, tmp_path: Path, scheme: str, format: str, tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied, vocab_size=2048, num_hidden_layers=3)
+    predicted = disk_of(resolve(model, "rtn", scheme, format=format))
+    out = tmp_path / "out"
+    planish.quantize_to(model, out, "rtn", scheme, format=format, device="cpu")
+    tensors = sum(predicted.layers.values()) + sum(predicted.others.values())
+    file = out / "model.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert file.stat().st_size - header == tensors
+    written = json.loads(file.read_bytes()[8:header])
+    assert predicted.tensors == len(written) - ("__metadata__" in written)
+    # names weigh much in a tiny model; the tensors are exact
+    assert predicted.total - tensors == pytest.approx(sum(f.stat().st_size for f in out.iterdir()) - tensors, rel=0.15)
+
+
+def test_disk_of_quantized_embeddings(tiny_llama: Tiny) -> None:
+    model = tiny_llama(vocab_size=4096)
+    whole, packed = (disk_of(resolve(model, "rtn", "w4g32", embeddings=bits)) for bits in (16, 4))
+    assert {"model.embed_tokens", "lm_head"} < packed.layers.keys()
+    table = 4096 * 64
+    assert whole.others["lm_head.weight"] == 2 * table
+    assert packed.layers["lm_head"] == table // 2 + 2 * table // 32
+
+
+def test_ledger_counts_what_lives() -> None:
+    with Ledger(eager=False) as ledger:
+        first = torch.empty(1000, device=META)
+        second = first.view(10, 100) + 1
+        assert (ledger.live, ledger.peak) == (8000, 8000)
+        assert second.sum().item() == 1.0
+        del first
+        assert ledger.live == 4000
+        del second
+        assert (ledger.live, ledger.peak) == (0, 8004)
+
+
+@pytest.mark.parametrize("rounding", [True, False])
+def test_temporaries_of_the_eager_definitions(rounding: bool) -> None:
+    """EAGER says what the fake quantizer's own definitions hold besides what goes in and comes out."""
+    weight, grad = (torch.empty(256, 4, 64, device=META) for _ in "ab")
+    offset = torch.empty_like(weight) if rounding else None
+    scale, zero = (torch.empty(256, 4, 1, device=META) for _ in "ab")
+    forward, backward = (getattr(qtensor, name.split("::")[1])._init_fn for name in EAGER)
+    for definition, arguments, counted in (
+        (forward, (weight, offset, scale, zero, 4, torch.float32), EAGER["planish::fake_quantize"]),
+        (backward, (grad, weight, offset, scale, zero, 4, not rounding), EAGER["planish::fake_quantize_backward"]),
+    ):
+        with Ledger(eager=False) as ledger:
+            made = definition(*arguments)
+        made = made if isinstance(made, tuple) else (made,)
+        taken = ledger.peak - sum(part.nbytes for part in made)
+        assert taken / weight.nbytes == pytest.approx(counted, abs=0.3)
+
+
+def held(resolved: Resolved, micro_batch: int = 8, **more: Any) -> Held:
+    how: dict[str, Any] = {"samples": 16, "seqlen": 64, "dtype": torch.bfloat16, "on_cpu": False, **more}
+    stage = resolved.recipe.blocks[0]
+    assert isinstance(stage, Stage)
+    return held_by(
+        resolved.source,
+        resolved.arch,
+        stage,
+        resolved.schemes,
+        range(1),
+        micro_batch=micro_batch,
+        searched={},
+        **how,
+    )
+
+
+def test_a_model_that_needs_numbers_is_refused(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", search=False, **SMALL)
+    block = resolved.source.skeleton().get_submodule(resolved.arch.block(0))
+
+    def routed(self: nn.Module, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden.new_zeros(len((hidden > 0).nonzero()))
+
+    monkeypatch.setattr(type(block), "forward", routed)
+    with pytest.raises(PlanishError, match="can't be predicted"):
+        held(resolved)
+
+
+def case(resolved: Resolved, device: str = "cuda", gpu: int = 80 * GB, host: int = 500 * GB, **more: Any) -> Case:
+    room = Room(device=gpu, host=host, disk=1000 * GB, folder=Path("/data"))
+    how: dict[str, Any] = {"samples": 128, "micro_batch": 8, "storage": "auto", "idle": GB // 2, **more}
+    return Case(resolved=resolved, device=torch.device(device), room=room, disk=disk_of(resolved), **how)
+
+
+def test_streams_are_where_the_plan_has_them(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", search=False, **SMALL)
+    on_gpu, on_host, on_disk = (needs_of(case(resolved, storage=name)) for name in ("device", "host", "disk"))
+    both = 2 * 128 * 32 * 64 * 2
+    batches = 2 * 8 * 32 * 64 * 2  # inputs and targets that lie ready
+    assert on_gpu.gpu - on_host.gpu == both - batches
+    assert on_host.host - on_gpu.host > both
+    assert on_disk.gpu == on_host.gpu and on_disk.files == both and on_host.files == 0
+    assert on_gpu.problem == on_host.problem == on_disk.problem == ""
+
+
+def test_passes_are_halved_before_a_run_is_refused(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", search=False, **SMALL)
+    ample = needs_of(case(resolved, storage="host"))
+    assert (ample.micro_batch, ample.problem) == (8, "")
+    less = needs_of(case(resolved, storage="host", gpu=round(ample.gpu * 0.9)))
+    assert less.micro_batch in (1, 2, 4) and less.gpu < ample.gpu and less.problem == ""
+    none = needs_of(case(resolved, storage="host", gpu=ample.gpu // 20))
+    assert none.micro_batch == 1 and "GPU memory" in none.problem
+
+
+def test_what_the_host_and_the_disk_lack_is_said(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", search=False, **SMALL)
+    assert "host memory" in needs_of(case(resolved, "cpu", host=1000)).problem
+    full = case(resolved, "cpu", storage="disk")
+    assert (
+        "free, too little" in needs_of(dataclasses.replace(full, room=dataclasses.replace(full.room, disk=9))).problem
+    )
+
+
+def test_seconds_follow_from_the_pace(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", steps=40, span=1, batch_size=4, **SMALL)
+    pace = Pace(embedding=1, passing=10, forward=5, span=100, step=2, once=7, writing=1e9, opening=0, held=0, blocks=1)
+    # 2 blocks; 8 checks and the one before them, on 8 of 128 samples
+    expected = 128 * (1 + 2 * 10) + 2 * (100 + 40 * 2) + 7 + 2 * 9 * 8 * 5
+    assert seconds_of(case(resolved), pace) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resolved = resolve(tiny_llama(), "signround", "w4g32", steps=5, search=False, **SMALL)
+    ample = forecast(resolved, gpu_memory=parse_size("24GB"), data=IDS[:, :32])
+    assert ample.fits and ample.seconds is None and ample.gpu_free == 24 * GB - CONTEXT
+    assert ample.lines()[-1] == "it fits" and any("GPU memory" in line for line in ample.lines())
+    none = forecast(resolved, gpu_memory=CONTEXT, data=IDS[:, :32])
+    assert not none.fits and none.suggestions == ()
+    assert none.lines()[-1] == "no flag that Planish knows makes it fit"
+
+
+def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
+    keys: dict[str, Any] = {"samples": 8, "seqlen": 1024, "steps": 5, "search": False}
+    resolved = resolve(model, "signround", "w4g32", **keys)
+    least = {span: needs_of(case(resolve(model, "signround", "w4g32", span=span, **keys), samples=8, micro_batch=1,
+                                 storage="host")).gpu for span in (1, 3)}  # fmt: skip
+    between = round(MARGIN * (least[1] + least[3]) / 2)
+    found = forecast(resolved, gpu_memory=CONTEXT + between, storage="host", data=IDS)
+    assert not found.fits and "GPU memory" in found.needs.problem
+    flags = [suggestion.flags for suggestion in found.suggestions]
+    assert flags[0] == "span=1" and flags[1] in ("--seqlen 512", "--seqlen 256")
+    assert all(MARGIN * suggestion.needs.gpu <= between for suggestion in found.suggestions)
+    assert any("span=1" in line for line in found.lines())
+
+
+def test_flags_are_put_together_where_one_is_too_little(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
+    keys: dict[str, Any] = {"samples": 8, "steps": 5, "search": False}
+    short = resolve(model, "signround", "w4g32", span=1, seqlen=256, **keys)
+    least = needs_of(case(short, samples=8, micro_batch=1, storage="disk")).gpu
+    resolved = resolve(model, "signround", "w4g32", seqlen=1024, **keys)
+    found = forecast(resolved, gpu_memory=CONTEXT + round(1.02 * MARGIN * least), storage="device", data=IDS)
+    assert [suggestion.flags for suggestion in found.suggestions] == ["span=1 --storage disk --seqlen 256"]
+
+
+def test_a_run_is_probed_on_the_cpu(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "signround", "w4g32", steps=5, search=False, **SMALL)
+    found = forecast(resolved, device="cpu", data=IDS[:, :32])
+    assert found.fits and found.needs.gpu == 0 and not found.on_gpu
+    assert found.seconds is not None and 0 < found.seconds < 60
+    assert {verdict.target for verdict in found.verdicts} >= {"vllm", "transformers"}
+    untrained = forecast(resolve(tiny_llama(), "rtn", "w4g32"), device="cpu")
+    assert untrained.needs.streams is None and untrained.seconds is not None
+
+
+def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "efficientqat", "w4g32asym", **SMALL)
+    ample = case(resolved, samples=8, micro_batch=1)
+    assert needs_of(ample).gpu > 0 and needs_of(ample).problem == ""
+    short = dataclasses.replace(ample, room=dataclasses.replace(ample.room, device=100_000))
+    assert "training takes" in needs_of(short).problem
+
+
+def test_a_gpu_and_the_cpu_contradict(tiny_llama: Tiny) -> None:
+    with pytest.raises(PlanishError, match="drop it, or --device cpu"):
+        forecast(resolve(tiny_llama(), "rtn", "w4g32"), device="cpu", gpu_memory=GB)
+
+
+def test_every_format_that_is_written_can_be_sized(tiny_llama: Tiny) -> None:
+    model = tiny_llama()
+    for name in FORMATS:
+        try:
+            resolved = resolve(model, "rtn", "w4g32", format=name)
+        except PlanishError:  # read only
+            continue
+        assert disk_of(resolved).total > 0, name
