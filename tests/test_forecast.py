@@ -198,12 +198,12 @@ def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatc
 def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
-    keys: dict[str, Any] = {"samples": 8, "seqlen": 1024, "steps": 5, "search": False}
+    keys: dict[str, Any] = {"samples": 8, "seqlen": 1024, "steps": 5, "search": False, "batch_size": 2}
     resolved = resolve(model, "signround", "w4g32", **keys)
     least = {span: needs_of(case(resolve(model, "signround", "w4g32", span=span, **keys), samples=8, micro_batch=1,
                                  storage="host")).gpu for span in (1, 3)}  # fmt: skip
     between = round(MARGIN * (least[1] + least[3]) / 2)
-    found = forecast(resolved, gpu_memory=CONTEXT + between, storage="host", data=IDS)
+    found = forecast(resolved, gpu_memory=CONTEXT + between, storage="host", data=IDS, batch_size=2)
     assert not found.fits and "GPU memory" in found.needs.problem
     flags = [suggestion.flags for suggestion in found.suggestions]
     assert flags[0] == "span=1" and flags[1] in ("--seqlen 512", "--seqlen 256")
@@ -214,11 +214,13 @@ def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.Mo
 def test_flags_are_put_together_where_one_is_too_little(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
-    keys: dict[str, Any] = {"samples": 8, "steps": 5, "search": False}
+    keys: dict[str, Any] = {"samples": 8, "steps": 5, "search": False, "batch_size": 2}
     short = resolve(model, "signround", "w4g32", span=1, seqlen=256, **keys)
     least = needs_of(case(short, samples=8, micro_batch=1, storage="disk")).gpu
     resolved = resolve(model, "signround", "w4g32", seqlen=1024, **keys)
-    found = forecast(resolved, gpu_memory=CONTEXT + round(1.02 * MARGIN * least), storage="device", data=IDS)
+    found = forecast(
+        resolved, gpu_memory=CONTEXT + round(1.02 * MARGIN * least), storage="device", data=IDS, batch_size=2
+    )
     assert [suggestion.flags for suggestion in found.suggestions] == ["span=1 --storage disk --seqlen 256"]
 
 

@@ -33,7 +33,7 @@ from planish.run import Run, compute_device
 from planish.targets import GGUF, Verdict, verdicts
 
 UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-# of a GPU's memory what CUDA itself takes; empirical, of an H100 with CUDA 13
+# of a GPU's memory what CUDA itself takes; an estimate
 CONTEXT = 600 * 10**6
 SHORTEST = 256  # tokens of a window, below which none is suggested
 
