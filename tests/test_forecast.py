@@ -195,6 +195,7 @@ def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatc
     assert none.lines()[-1] == "no flag that Planish knows makes it fit"
 
 
+@pytest.mark.heavy
 def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)
@@ -211,6 +212,7 @@ def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.Mo
     assert any("span=1" in line for line in found.lines())
 
 
+@pytest.mark.heavy
 def test_flags_are_put_together_where_one_is_too_little(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = tiny_llama(num_hidden_layers=3, max_position_embeddings=1024)

@@ -116,7 +116,7 @@ class QuantizedFolder:
                 of_layer[name].append(key)
 
         def done(name: str) -> tuple[str, Result]:
-            tensors = {key: self.source.get(key) for key in of_layer[name]}
+            tensors = self.source.tensors(of_layer[name])
             with reading(f"{self.source.label}: {name} can't be read"):
                 stream = self.format.read(name, tensors, self.schemes[name], self.shapes[name])
             return name, work(name, stream)

@@ -90,9 +90,15 @@ class Source(ABC):
         Raises:
             PlanishError: if there is no such tensor, or it holds NaN or infinity.
         """
-        ((_, tensor),) = self._read([name])
-        self._check_finite(name, tensor)
-        return tensor.detach().to("cpu", copy=True)
+        return self.tensors([name])[name]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors, as `get` gives one; a file that holds more than one of them is opened once."""
+        found = {}
+        for name, tensor in self._read(names):
+            self._check_finite(name, tensor)
+            found[name] = tensor.detach().to("cpu", copy=True)
+        return found
 
     def load(
         self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None

@@ -13,7 +13,7 @@ from mutate import mutated
 
 from fuzz import Fuzzer, is_failure, parse
 
-CASES = 200
+CASES = 100
 
 
 @pytest.fixture(scope="module")
