@@ -11,14 +11,13 @@ then 8 of them), each a shift, an or and a mask. Machines are taken to be little
 """
 
 import hashlib
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.qtensor import PARTS, QTensor
+from planish.qtensor import PARTS, QTensor, beside_codes, moved
 from planish.scheme import Scheme
 
 WORD = 32  # bits of a word, and the elements after which fields and words line up again
@@ -112,27 +111,10 @@ class Stream:
 
     @classmethod
     def of(cls, q: QTensor) -> "Stream":
-        return cls(
-            codes=pack(q.codes, q.bits, 1),
-            scale=q.scale,
-            zero=q.zero,
-            offset=q.offset,
-            order=q.order,
-            bits=q.bits,
-            group_size=q.group_size,
-            in_features=q.shape[1],
-        )
+        return cls(codes=pack(q.codes, q.bits, 1), in_features=q.shape[1], **beside_codes(q))
 
     def qtensor(self) -> QTensor:
-        return QTensor(
-            codes=unpack(self.codes, self.bits, 1, self.in_features),
-            scale=self.scale,
-            zero=self.zero,
-            offset=self.offset,
-            order=self.order,
-            bits=self.bits,
-            group_size=self.group_size,
-        )
+        return QTensor(codes=unpack(self.codes, self.bits, 1, self.in_features), **beside_codes(self))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,8 +132,7 @@ class Stream:
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same on another device."""
-        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
-        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+        return moved(self, device)
 
     def digest(self) -> str:
         """sha256 of every code, scale, zero and offset, of the columns' order and of the shape."""

@@ -10,7 +10,6 @@ written is read back and compared before the file gets its name. Blocks are `for
 
 import dataclasses
 import secrets
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -26,6 +25,7 @@ from planish.checkpoint import sync
 from planish.errors import PlanishError, nearest
 from planish.folder import QuantizedFolder
 from planish.formats.gguf import KINDS, canonical, decode, encode, plan_type, type_of
+from planish.gguf_header import Place, read_header
 from planish.gguf_tokenizer import add_tokenizer
 from planish.quant import Quantizer
 from planish.scheme import Scheme
@@ -287,7 +287,7 @@ def _verify(path: Path, folder: QuantizedFolder, pieces: list[Piece], digests: M
     """Read the file's own header, then every quantized layer; each must have the digest that was written."""
     found, data = tensor_places(path), np.memmap(path, mode="c")
     for piece in pieces:
-        kind, shape, start = found.get(piece.name, (-1, (), 0))
+        kind, shape, start = found.get(piece.name, Place(-1, (), 0))
         same = (kind, shape) == (KINDS[piece.kind].id, piece.shape)
         if same and piece.name in digests:
             raw = torch.from_numpy(data[start : start + piece.nbytes]).view(shape[0], -1)
@@ -299,39 +299,9 @@ def _verify(path: Path, folder: QuantizedFolder, pieces: list[Piece], digests: M
             )
 
 
-def tensor_places(path: Path) -> dict[str, tuple[int, tuple[int, ...], int]]:
-    """{name: (number of its type, shape, offset)} of every tensor, from a file's header alone.
-
-    GGUFReader gives the same, but takes seconds for a vocabulary and knows no type newer than itself.
-    """
-    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-    text, array = 8, 9
-    with path.open("rb") as file:
-
-        def number(code: str) -> int:
-            return int(struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0])
-
-        def skip(kind: int) -> None:
-            if kind == array:
-                inner, count = number("I"), number("Q")
-                if inner in sizes:
-                    file.seek(count * sizes[inner], 1)
-                for _ in range(0 if inner in sizes else count):
-                    skip(inner)
-            else:
-                file.seek(number("Q") if kind == text else sizes[kind], 1)
-
-        _, _, tensors, pairs = number("I"), number("I"), number("Q"), number("Q")
-        for _ in range(pairs):
-            skip(text)
-            skip(number("I"))
-        found = {}
-        for _ in range(tensors):
-            name = file.read(number("Q")).decode()
-            shape = tuple(reversed([number("Q") for _ in range(number("I"))]))
-            found[name] = (number("I"), shape, number("Q"))
-        start = -(-file.tell() // 32) * 32
-    return {name: (kind, shape, start + offset) for name, (kind, shape, offset) in found.items()}
+def tensor_places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file of ours lies."""
+    return read_header(path, {kind.id: (kind.weights, kind.bytes) for kind in KINDS.values()}).places
 
 
 # Metadata

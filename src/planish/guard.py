@@ -8,10 +8,7 @@ Knows nothing of models, formats or what tensors mean.
 """
 
 import json
-import math
-import mmap
 import re
-import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,7 +113,7 @@ def read_index(path: Path) -> dict[str, str]:
     for tensor, file in named.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0:]+\.safetensors", file):
             raise PlanishError(
-                f"{path} names {_short(file)} for {_short(tensor)}; shards are .safetensors files beside the index"
+                f"{path} names {short(file)} for {short(tensor)}; shards are .safetensors files beside the index"
             )
     return named
 
@@ -150,7 +147,7 @@ def check_config(config: Mapping[str, Any], stored: Stored, path: Path | str) ->
         raise PlanishError(f"{path} refers to other files (configuration_files); remove that field")
     how = config.get("quantization_config")
     if how is not None and not isinstance(how, dict):
-        raise PlanishError(f"{path}: quantization_config is {_short(how)}, not an object; {AGAIN}")
+        raise PlanishError(f"{path}: quantization_config is {short(how)}, not an object; {AGAIN}")
     todo: list[tuple[str, Any, int]] = [("", config, 0)]
     while todo:
         key, value, depth = todo.pop()
@@ -163,7 +160,7 @@ def check_config(config: Mapping[str, Any], stored: Stored, path: Path | str) ->
         elif isinstance(value, int):
             check_count(key, value, stored, path)
         elif isinstance(value, str) and "implementation" in key and "/" in value:
-            raise PlanishError(f"{path} asks for code of the hub ({key[-80:]} is {_short(value)}); remove that field")
+            raise PlanishError(f"{path} asks for code of the hub ({key[-80:]} is {short(value)}); remove that field")
 
 
 def check_count(key: str, value: int, stored: Stored, path: Path | str) -> None:
@@ -171,12 +168,12 @@ def check_count(key: str, value: int, stored: Stored, path: Path | str) -> None:
     most, word = max(_COUNTS_OF_ANY, stored.tensors, stored.largest), key.rpartition(".")[2].lower()
     if (value > most and _COUNT.search(word)) or (value < 0 and _NUMBER_OF_LAYERS.fullmatch(word)):
         raise PlanishError(
-            f"{path} says {key[-80:]} is {_short(value)}, but there are {stored.tensors} tensors of at most "
+            f"{path} says {key[-80:]} is {short(value)}, but there are {stored.tensors} tensors of at most "
             f"{stored.largest} rows or columns; {AGAIN}"
         )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of more than 30 digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -201,146 +198,15 @@ class Patterns:
 
     def _found(self, how: str, pattern: str, text: str) -> bool:
         if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
-            raise PlanishError(f"quantization_config has {_short(pattern)} for a regular expression; name the layers")
+            raise PlanishError(f"quantization_config has {short(pattern)} for a regular expression; name the layers")
         start = time.process_time()
         try:
             return getattr(regex, how)(pattern, text, timeout=max(self._left, 1e-3)) is not None
         except TimeoutError as error:
-            raise PlanishError(f"{_short(pattern)} in quantization_config takes too long; name the layers") from error
+            raise PlanishError(f"{short(pattern)} in quantization_config takes too long; name the layers") from error
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise PlanishError(
-                f"quantization_config has a regular expression that isn't one: {_short(pattern)} ({first_line(error)})"
+                f"quantization_config has a regular expression that isn't one: {short(pattern)} ({first_line(error)})"
             ) from error
         finally:
             self._left -= time.process_time() - start
-
-
-# ---- GGUF
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_VERSIONS = (2, 3)
-_MAX_DIMS = 4
-_ALIGNMENT = 32
-# bytes that gguf's reader takes for a field or tensor and for an element of an array; what it may take in all, by the
-# file's size
-_OF_ENTRY, _OF_STRING, _OF_SCALAR = 3000, 1400, 750
-_READER, _READER_PER_BYTE = 150 * _MB, 32
-
-
-class _Cursor:
-    """Reads little-endian values one after the other; past the end is a struct.error or a ValueError."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def number(self, kind: str) -> Any:
-        (value,) = struct.unpack_from("<" + kind, self.data, self.at)
-        self.at += struct.calcsize("<" + kind)
-        return value
-
-    def skip(self, length: int) -> None:
-        if length > len(self.data) - self.at:
-            raise ValueError(f"{length} bytes are promised at {self.at} of {len(self.data)}")
-        self.at += length
-
-    def text(self) -> str:
-        length = self.number("Q")
-        self.skip(length)
-        return self.data[self.at - length : self.at].decode("utf-8")
-
-
-def check_gguf(path: Path) -> Stored:
-    """Walk a GGUF's header: counts, strings, arrays and tensors must lie within the file.
-
-    Returns:
-        What its tensors are.
-    Raises:
-        PlanishError: if they don't, two tensors share a name or a byte, or a count can't be.
-    """
-    from gguf import GGML_QUANT_SIZES  # here, not above: GGUF is an extra
-
-    sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-    with reading(f"{path} is truncated or damaged", "get it again"), path.open("rb") as file:
-        if path.stat().st_size < 24:
-            raise ValueError("it is shorter than a header")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _walk(_Cursor(data), path, sizes)
-
-
-def _walk(cursor: _Cursor, path: Path, sizes: Mapping[int, tuple[int, int]]) -> Stored:
-    magic, version = cursor.number("4s"), cursor.number("I")
-    if magic != b"GGUF" or version not in _VERSIONS:
-        raise ValueError(f"it starts with {magic!r}, version {version}; known is b'GGUF', version 2 or 3")
-    tensors, pairs = cursor.number("Q"), cursor.number("Q")
-    budget = max(_READER, _READER_PER_BYTE * len(cursor.data)) - (tensors + pairs) * _OF_ENTRY
-    if budget < 0:
-        raise ValueError(f"it promises {pairs} fields and {tensors} tensors in {len(cursor.data)} bytes")
-    values = _metadata(cursor, pairs, budget)
-    alignment = values.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > _MB:
-        raise ValueError(f"its alignment is {_short(alignment)}")
-    stored = _tensors(cursor, tensors, alignment, sizes)
-    for key, value in values.items():
-        if isinstance(value, int):
-            check_count(key, value, stored, path)
-            if key.endswith(".block_count") and value > tensors:
-                raise ValueError(f"{key} is {_short(value)}, but it has {tensors} tensors")
-    return stored
-
-
-def _metadata(cursor: _Cursor, pairs: int, budget: int) -> dict[str, Any]:
-    """Every key with its number; None for strings and arrays, which are skipped."""
-    values: dict[str, Any] = {}
-    for _ in range(pairs):
-        key, kind = cursor.text(), cursor.number("I")
-        if key in values:
-            raise ValueError(f"it has {_short(key)} twice")
-        values[key] = cursor.number(_SCALARS[kind]) if kind in _SCALARS else None
-        if kind == _ARRAY:
-            budget -= _array(cursor, key, budget)
-        elif kind == _STRING:
-            cursor.text()
-        elif kind not in _SCALARS:
-            raise ValueError(f"{_short(key)} has type {kind}, which GGUF hasn't")
-    return values
-
-
-def _array(cursor: _Cursor, key: str, budget: int) -> int:
-    """Skip an array; what gguf's reader will take for it."""
-    kind, length = cursor.number("I"), cursor.number("Q")
-    cost = length * (_OF_STRING if kind == _STRING else _OF_SCALAR)
-    if cost > budget:
-        raise ValueError(f"{_short(key)} has {length} elements, too many for a file of {len(cursor.data)} bytes")
-    if kind == _STRING:
-        for _ in range(length):
-            cursor.text()
-    elif kind in _SCALARS:
-        cursor.skip(length * struct.calcsize("<" + _SCALARS[kind]))
-    else:
-        raise ValueError(f"{_short(key)} is an array of type {kind}, which Planish doesn't read")
-    return cost
-
-
-def _tensors(cursor: _Cursor, count: int, alignment: int, sizes: Mapping[int, tuple[int, int]]) -> Stored:
-    names: set[str] = set()
-    spans, largest = [], 0
-    for _ in range(count):
-        name, dims = cursor.text(), cursor.number("I")
-        if name in names or not 1 <= dims <= _MAX_DIMS:
-            raise ValueError(f"the tensor {_short(name)} is there twice, or has {dims} dimensions")
-        names.add(name)
-        shape = [cursor.number("Q") for _ in range(dims)]
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        block, size = sizes.get(kind, (0, 0))
-        if not block or not all(shape) or shape[0] % block or offset % alignment:
-            raise ValueError(f"the tensor {_short(name)} of type {kind} can't be {shape} at {offset}")
-        spans.append((offset, offset + math.prod(shape) // block * size, name))
-        largest = max(largest, *shape)
-    start = cursor.at + -cursor.at % alignment
-    end = 0
-    for first, last, name in sorted(spans):
-        if first < end or start + last > len(cursor.data):
-            raise ValueError(f"the tensor {_short(name)} overlaps another or the end of the file")
-        end = last
-    return Stored(tensors=count, largest=largest, bytes=end)

@@ -12,11 +12,11 @@ codes were found.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from planish.arch import Arch, discover
 from planish.bitstream import Stream
-from planish.errors import PlanishError, first_line
+from planish.errors import PlanishError
 from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of
 from planish.formats import FORMATS, choose, detect
 from planish.formats.format import Format
@@ -35,6 +35,7 @@ from planish.kernels.pack import Packed
 from planish.naming import module_names
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
+from planish.shards import header
 from planish.tables import put_table
 
 NAME = "planish"  # of our quantizer in transformers' tables
@@ -169,7 +170,11 @@ class PlanishQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Put what holds the checkpoint's tensors in place of each quantized linear, all on meta."""
-        headers = _headers(checkpoint_files or [])
+        headers = {
+            key: torch.empty(place.shape, dtype=str_to_torch_dtype[place.dtype], device="meta")
+            for file in checkpoint_files or []
+            for key, place in header(Path(file))
+        }
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, name in module_names(model, headers).items():
             owner, _, leaf = name.rpartition(".")
@@ -282,18 +287,3 @@ def _untie_head(model: PreTrainedModel, arch: Arch) -> nn.Module | None:
         if isinstance(part, PreTrainedModel):
             part.all_tied_weights_keys = {}
     return head
-
-
-def _headers(files: Iterable[str]) -> dict[str, Tensor]:
-    """Every tensor of safetensors files by its name there, on meta."""
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118  (it is no mapping)
-                    part = handle.get_slice(key)
-                    dtype = str_to_torch_dtype[part.get_dtype()]
-                    found[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        except (SafetensorError, OSError, KeyError) as error:
-            raise PlanishError(f"{file} can't be read as safetensors ({first_line(error)}); get it again") from error
-    return found

@@ -16,7 +16,7 @@ their own (act-order): groups are then of the codes' columns, and `dequantize` p
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from planish.scheme import Scheme
 SCALE_FLOOR = 1e-5
 # of a QTensor
 PARTS = ("codes", "scale", "zero", "offset", "order")
+
+Weight = TypeVar("Weight")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +74,7 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         """The same on another device."""
-        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
-        return dataclasses.replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+        return moved(self, device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_hat [out, in] in `dtype`, computed in fp32 and rounded once."""
@@ -95,6 +96,18 @@ class QTensor:
             return False
         pairs = [(getattr(self, name), getattr(other, name)) for name in PARTS]
         return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
+
+
+def beside_codes(weight: Any) -> dict[str, Any]:
+    """All of a QTensor but its codes, by name; of what holds the same with its codes packed too."""
+    return {name: getattr(weight, name) for name in ("scale", "zero", "offset", "order", "bits", "group_size")}
+
+
+def moved(weight: Weight, device: torch.device | str) -> Weight:
+    """A QTensor, or what holds the same with its codes packed, on another device."""
+    parts = {name: getattr(weight, name) for name in PARTS}
+    there = {name: part.to(device) for name, part in parts.items() if part is not None}
+    return dataclasses.replace(weight, **there)  # type: ignore[type-var]
 
 
 def midpoint(bits: int) -> int:

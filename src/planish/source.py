@@ -17,25 +17,23 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from planish.arch import discover
 from planish.errors import PlanishError, first_line
-from planish.guard import MAX_TENSORS, Stored, check_config, check_gguf, check_header, read_index, read_json, reading
+from planish.gguf_header import read_header
+from planish.guard import Stored, check_config, read_json, reading
 from planish.naming import module_names
+from planish.shards import FLOATS, Place, opened, scan, stored_dtype, total
 from planish.skeleton import build, is_unstarted, on_meta, put, ready, start_buffers, tied_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# dtypes of parameters, as safetensors spells them
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _QUANTIZED = (nn.Linear, nn.Embedding)  # modules whose weight may be stored under other names
 _MOST_PER_BYTE = 8  # weights, in the smallest type that GGUF has
@@ -152,21 +150,11 @@ class Source(ABC):
                 self.unload(self._model.get_submodule(name))
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if tensor.dtype not in _FLOATS.values() or not tensor.numel():
+        if tensor.dtype not in FLOATS.values() or not tensor.numel():
             return
         low, high = tensor.aminmax()  # NaN passes through; no temporary of the tensor's size
         if not (low.isfinite() and high.isfinite()):
             raise PlanishError(f"{self.label}: {name} holds NaN or infinity; get the checkpoint again")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor lies: its file, its name there, its shape, its dtype as safetensors spells it."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class FolderSource(Source):
@@ -185,8 +173,8 @@ class FolderSource(Source):
         label = label or str(folder)
         if not (folder / "config.json").is_file():
             raise PlanishError(f"{label} has no config.json; give the folder of a Hugging Face model")
-        said, on_disk = read_json(folder / "config.json"), _scan(folder, label)
-        stored = _sum(on_disk)
+        said, on_disk = read_json(folder / "config.json"), scan(folder, label)
+        stored = total(on_disk)
         check_config(said, stored, folder / "config.json")
         config = _read_config(folder, label, trust_remote_code)
         self.quantization_config: dict[str, Any] | None = getattr(config, "quantization_config", None)
@@ -195,7 +183,7 @@ class FolderSource(Source):
         elif self.quantization_config is not None:
             del config.quantization_config
         self._trust = trust_remote_code
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(on_disk)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else stored_dtype(on_disk)
         model = build(config, dtype, label, trust_remote_code, stored)
         self._places = {name: on_disk[key] for key, name in module_names(model, on_disk).items()}
         if self._untie(model):
@@ -229,7 +217,7 @@ class FolderSource(Source):
                 raise PlanishError(f"{self.label} has no tensor {name}")
             by_file[self._places[name].file].append(name)
         for file, inside in by_file.items():
-            with _opened(file) as handle:
+            with opened(file) as handle:
                 for name in inside:
                     with reading(f"{file}: {name} can't be read"):
                         tensor = handle.get_tensor(self._places[name].key)
@@ -249,7 +237,7 @@ class FolderSource(Source):
 
     def _same(self, first: str, second: str) -> bool:
         one, other = self._places[first], self._places[second]
-        if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in _FLOATS:
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in FLOATS:
             return False
         return torch.equal(*dict(self._read([first, second])).values())
 
@@ -267,15 +255,15 @@ class FolderSource(Source):
                 )
             self._check_place(name, place, parameter)
 
-    def _check_place(self, name: str, place: _Place, wanted: Tensor) -> None:
+    def _check_place(self, name: str, place: Place, wanted: Tensor) -> None:
         if place.shape != wanted.shape:
             raise PlanishError(
                 f"{self.label}: {name} is {list(place.shape)} on disk but by config.json "
                 f"{list(wanted.shape)}; get the checkpoint again"
             )
-        if wanted.is_floating_point() and place.dtype not in _FLOATS:
+        if wanted.is_floating_point() and place.dtype not in FLOATS:
             raise PlanishError(
-                f"{self.label}: {name} is stored as {place.dtype}, not as one of {', '.join(_FLOATS)}; "
+                f"{self.label}: {name} is stored as {place.dtype}, not as one of {', '.join(FLOATS)}; "
                 "give the 16-bit original"
             )
 
@@ -331,7 +319,7 @@ class GgufSource(MemorySource):
         self._path = path.absolute()  # a bare name would be looked for in the working directory first
         with reading(f"{path}: transformers can't read it", "get it again"):
             try:
-                model = self._model_of(check_gguf(path))
+                model = self._model_of(read_header(path).stored)
             except ImportError as error:
                 raise PlanishError(f"{path}: GGUF needs two packages; pip install gguf accelerate") from error
         model.config.architectures = [type(model).__name__]
@@ -431,60 +419,3 @@ def _refuse_quantized(config: PreTrainedConfig, label: str) -> None:
     if how is not None:
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
         raise PlanishError(f"{label} is quantized already ({method}); give the 16-bit original")
-
-
-def _scan(folder: Path, label: str) -> dict[str, _Place]:
-    """Every tensor of the checkpoint by its name on disk, from the headers alone."""
-    index, named = folder / "model.safetensors.index.json", {}
-    if index.is_file():
-        named = read_index(index)
-        files = sorted(set(named.values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f"only pickled weights ({pickled[0]})" if pickled else "no model.safetensors"
-        raise PlanishError(f"{label} holds {found}; load it with transformers and save_pretrained() it first")
-    places: dict[str, _Place] = {}
-    for file in files:
-        for key, place in _tensors(folder / file):
-            if key in places:
-                raise PlanishError(f"{label}: {key} is in {places[key].file.name} and in {file}; get it again")
-            places[key] = place
-        if len(places) > MAX_TENSORS:
-            raise PlanishError(f"{label} has more than {MAX_TENSORS} tensors; give a smaller model")
-    for key, file in named.items():
-        if key not in places or places[key].file.name != file:
-            raise PlanishError(f"{index} puts {key} in {file}, which hasn't got it; get the checkpoint again")
-    return places
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, _Place]]:
-    """(name, place) of every tensor in a file."""
-    with _opened(file) as handle:
-        for key in sorted(handle.keys()):
-            part = handle.get_slice(key)
-            yield key, _Place(file, key, tuple(part.get_shape()), part.get_dtype())
-
-
-def _sum(places: dict[str, _Place]) -> Stored:
-    files = {place.file for place in places.values()}
-    return Stored(
-        tensors=len(places),
-        largest=max((size for place in places.values() for size in place.shape), default=0),
-        bytes=sum(file.stat().st_size for file in files),
-    )
-
-
-def _opened(file: Path) -> safe_open:
-    """A safetensors file, mapped into memory until it is left: copy what shall stay."""
-    try:
-        check_header(file)
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise PlanishError(f"{file} is truncated or damaged ({first_line(error)}); get it again") from error
-
-
-def _stored_dtype(places: dict[str, _Place]) -> torch.dtype:
-    """The first floating-point dtype on disk, as transformers does where config.json names none."""
-    return next((_FLOATS[place.dtype] for place in places.values() if place.dtype in _FLOATS), torch.float32)

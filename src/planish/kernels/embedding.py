@@ -37,18 +37,8 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids, of any shape -> [..., hidden]."""
-        table, flat = self.packed, ids.flatten()
-        rows = Packed(
-            codes=table.codes[flat],
-            scale=table.scale[flat],
-            zero=None if table.zero is None else table.zero[flat],
-            offset=None if table.offset is None else table.offset[flat],
-            bits=table.bits,
-            group_size=table.group_size,
-            in_features=table.in_features,
-            order=table.order,
-        )
-        found = rows.qtensor().dequantize(self._like.dtype).unflatten(0, ids.shape)
+        rows = self.packed.qtensor(ids.flatten())
+        found = rows.dequantize(self._like.dtype).unflatten(0, ids.shape)
         # as in transformers, where the multiplier is rounded to the dtype first
         return found if self.multiplier == 1 else found * self._like.new_tensor(self.multiplier)
 

@@ -7,15 +7,14 @@ low 2 bits packed as above, then the high bits. So a row is always bits * ceil(i
 Knows nothing of files: the formats have layouts of their own.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.bitstream import Stream, unpack
-from planish.qtensor import PARTS, QTensor
+from planish.bitstream import Stream
+from planish.qtensor import QTensor, beside_codes, moved
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -83,44 +82,23 @@ class Packed:
 
     @classmethod
     def from_qtensor(cls, q: QTensor) -> "Packed":
-        return cls(
-            codes=pack_codes(q.codes, q.bits),
-            scale=q.scale,
-            zero=q.zero,
-            offset=q.offset,
-            bits=q.bits,
-            group_size=q.group_size,
-            in_features=q.shape[1],
-            order=q.order,
-        )
+        return cls(codes=pack_codes(q.codes, q.bits), in_features=q.shape[1], **beside_codes(q))
 
     @classmethod
     def from_stream(cls, stream: Stream) -> "Packed":
         """The same weight; but for 3 bits, which lie in planes here, nothing is unpacked."""
+        if len(PLANES[stream.bits]) > 1:
+            return cls.from_qtensor(stream.qtensor())
         row = stream.bits * -(-stream.in_features // 8)
-        if len(PLANES[stream.bits]) == 1:
-            codes = stream.codes.view(torch.uint8)[:, :row].contiguous()
-        else:
-            codes = pack_codes(unpack(stream.codes, stream.bits, 1, stream.in_features), stream.bits)
-        return cls(
-            codes=codes,
-            scale=stream.scale,
-            zero=stream.zero,
-            offset=stream.offset,
-            bits=stream.bits,
-            group_size=stream.group_size,
-            in_features=stream.in_features,
-            order=stream.order,
-        )
+        codes = stream.codes.view(torch.uint8)[:, :row].contiguous()
+        return cls(codes=codes, in_features=stream.in_features, **beside_codes(stream))
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
-        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
-        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+        return moved(self, device)
 
-    def qtensor(self, start: int = 0, stop: int | None = None) -> QTensor:
-        """The exact QTensor of the rows [start, stop)."""
-        rows = slice(start, stop)
+    def qtensor(self, rows: slice | Tensor = slice(None)) -> QTensor:
+        """The exact QTensor of all rows, or of some: a slice of them, or their numbers."""
         return QTensor(
             codes=unpack_codes(self.codes[rows], self.bits, self.in_features),
             scale=self.scale[rows],

@@ -33,5 +33,5 @@ def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
     shape = weight.out_features, weight.in_features
     values = torch.empty(shape, dtype=dtype, device=weight.codes.device)
     for start in range(0, weight.out_features, rows):
-        values[start : start + rows] = weight.qtensor(start, start + rows).dequantize(dtype)
+        values[start : start + rows] = weight.qtensor(slice(start, start + rows)).dequantize(dtype)
     return values
