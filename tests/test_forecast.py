@@ -14,10 +14,10 @@ import planish
 from planish import qtensor
 from planish.errors import PlanishError
 from planish.fit.spans import Stage
-from planish.forecast import CONTEXT, duration, forecast, parse_size, seconds_of
+from planish.forecast import CONTEXT, forecast, parse_size, seconds_of
 from planish.formats import FORMATS
 from planish.needs import Case, disk_of, needs_of
-from planish.plan import MARGIN, Room
+from planish.plan import MARGIN, Room, duration
 from planish.probe import Pace
 from planish.request import Resolved, resolve
 from planish.shadow import EAGER, META, Held, Ledger, held_by

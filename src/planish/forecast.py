@@ -24,7 +24,7 @@ from planish.errors import PlanishError
 from planish.fit.reconstruct import Samples
 from planish.fit.spans import Stage
 from planish.needs import Case, Needs, disk_of, needs_of, private_memory
-from planish.plan import Room, gigabytes, measure_room
+from planish.plan import Room, duration, gigabytes, measure_room
 from planish.plan import gpu_memory as memory_of_gpu
 from planish.probe import Pace, pace_of
 from planish.recipes import RECIPES, describe
@@ -116,13 +116,6 @@ class Forecast:
             gpu = f"{gigabytes(suggestion.needs.gpu)} of GPU memory, " if self.on_gpu else ""
             found.append(f"  {suggestion.flags:<32}{gpu}{gigabytes(suggestion.needs.host)} of host memory")
         return found
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '12 min' or '3.5 h'."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def forecast(

@@ -266,5 +266,12 @@ def _left(limit: Path, used: Path, stat: Path) -> int | None:
     return max(0, most - taken + int(cached.get("active_file", 0)) + int(cached.get("inactive_file", 0)))
 
 
-def gigabytes(count: int) -> str:
+def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '12 min' or '3.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -30,6 +30,7 @@ from planish.charts import (
     whole_ticks,
 )
 from planish.errors import PlanishError
+from planish.plan import duration, gigabytes
 from planish.results import Checkpoint, Measure, as_list, as_mapping, as_numbers, as_pairs, read_checkpoint
 from planish.scheme import Scheme
 
@@ -144,23 +145,10 @@ def _headline(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """The figures of a checkpoint that are known, with their names."""
     figures = as_numbers(checkpoint.manifest.figures) if checkpoint.manifest else {}
     known = [("Bits a weight", f"{checkpoint.bits:.2f}")] if checkpoint.bits else []
-    known += [("Size on disk", _bytes(checkpoint.size))] if checkpoint.size else []
+    known += [("Size on disk", gigabytes(checkpoint.size))] if checkpoint.size else []
     known += [(f"Perplexity on {text}", str(measure)) for text, measure in checkpoint.perplexity.items()]
-    known += [("Time", _time(figures["seconds"]))] if "seconds" in figures else []
-    return known + ([("Peak memory", _bytes(figures["peak_bytes"]))] if "peak_bytes" in figures else [])
-
-
-def _bytes(count: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 1e3:.1f} kB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    known += [("Time", duration(figures["seconds"]))] if "seconds" in figures else []
+    return known + ([("Peak memory", gigabytes(figures["peak_bytes"]))] if "peak_bytes" in figures else [])
 
 
 def _quality(checkpoints: Sequence[Checkpoint]) -> Markup:
