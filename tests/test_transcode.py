@@ -90,6 +90,14 @@ def test_to_a_gguf_file(quantized: Callable[..., Path], tmp_path: Path) -> None:
     assert out.read_bytes()[:4] == b"GGUF"
 
 
+def test_an_embedding_is_not_rounded_twice(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    small = quantized(embeddings=8)
+    for format in ("gguf", "native"):
+        with pytest.raises(PlanishError, match="model.embed_tokens has 8 bits already; export without --embeddings"):
+            planish.export(small, tmp_path / "out.gguf", format=format, embeddings=4)
+
+
 def test_quantize_may_write_a_gguf_file_beside(tiny_llama: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     out = tmp_path / "out"

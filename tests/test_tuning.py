@@ -90,6 +90,26 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # ---- what is trained and written
 
 
+def test_what_is_only_read_in_its_format_is_written_as_native(base: Path, tmp_path: Path, text: str) -> None:
+    planish.quantize_to(base, tmp_path / "q", "rtn", "w4g32asym", device="cpu", format="gptq_v2")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    # others write asymmetric layers in the first dialect, which we only read
+    config["quantization_config"] |= {"checkpoint_format": "gptq", "format": "gptq"}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    before, notes = parts(tmp_path / "q"), []
+    how = {"data": text, "samples": 4, "seqlen": 16, "device": "cpu", "keys": {"steps": 1}}
+    planish.finetune(tmp_path / "q", tmp_path / "out", progress=lambda event: notes.append(event.note), **how)
+    after = parts(tmp_path / "out")
+    assert same(before[0], after[0]) and said_by(tmp_path / "out")["format"] == "native"
+    assert any(note.startswith("it will be written as native: model.layers.0.") for note in notes)
+
+
+def test_a_quantized_embedding_is_refused_before_any_work(base: Path, tmp_path: Path, text: str) -> None:
+    planish.quantize_to(base, tmp_path / "q", "rtn", "w4g32", device="cpu", embeddings=8)
+    with pytest.raises(PlanishError, match="its embedding is quantized; finetune first"):
+        planish.finetune(tmp_path / "q", tmp_path / "out", data=text, device="cpu")
+
+
 @pytest.mark.parametrize("format", ["auto_round", "gptq_v2", "native"])
 def test_scales_learn_and_all_else_stays(base: Path, tmp_path: Path, text: str, format: str) -> None:
     planish.quantize_to(base, tmp_path / "q", "rtn", "w2g32asym", device="cpu", format=format)

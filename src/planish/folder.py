@@ -100,8 +100,8 @@ class QuantizedFolder:
         return ((name, stream.qtensor()) for name, stream in self.streams())
 
     def packed(self, device: torch.device) -> Iterator[tuple[str, Packed]]:
-        """(name, Packed) of each quantized layer on a device, one at a time."""
-        return ((name, Packed.from_stream(stream.to(device))) for name, stream in self.streams())
+        """(name, Packed) of each quantized layer on a device; some are read ahead."""
+        return self.each(lambda name, stream: Packed.from_stream(stream.to(device)))
 
     def streams(self) -> Iterator[tuple[str, Stream]]:
         """(name, Stream) of each quantized layer; some are read ahead."""
@@ -293,7 +293,7 @@ def config_of(
 def tokenizer_of(model: PreTrainedModel) -> Any:
     """The tokenizer of the folder that a model was loaded from, or None."""
     try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path)
+        return AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

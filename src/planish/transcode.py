@@ -69,6 +69,9 @@ def export(
 
         if embeddings not in (None, *BITS):
             raise PlanishError(f"embeddings of {embeddings} bits; use one of {', '.join(map(str, BITS))}")
+        packed = folder.schemes.get(folder.embedding)
+        if packed is not None and embeddings not in (None, packed.bits):
+            raise PlanishError(f"{folder.embedding} has {packed.bits} bits already; export without --embeddings")
         wide = "f16" if folder.source.dtype == torch.float16 else "bf16"
         kind = {4: "q4_0", 16: wide}.get(embeddings or 8, "q8_0")
         return write_gguf(folder, Path(out), embeddings=kind, overwrite=overwrite)

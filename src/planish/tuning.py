@@ -25,11 +25,13 @@ from transformers.integrations import get_available_reporting_integrations
 from planish.card import papers
 from planish.checkpoint import CheckpointWriter, replace
 from planish.data import sha256
-from planish.errors import PlanishError
+from planish.errors import PlanishError, UnsupportedScheme
 from planish.fit.finetune import TRACKERS
 from planish.fit.watch import Setting
 from planish.fit.whole import EndToEnd
 from planish.folder import QuantizedFolder, assemble, write_model
+from planish.formats import FORMATS, verify
+from planish.formats.format import Format
 from planish.instruct import Examples, load_examples
 from planish.journal import fingerprint
 from planish.log import Clock, Event, Progress, RunManifest, versions
@@ -279,6 +281,11 @@ def _from_quantized(
         raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")
     if source.folder is not None and source.folder.resolve() == writer.out:
         raise PlanishError(f"{writer.out} is the model itself; write to another folder")
+    if folder.embedding in folder.schemes:
+        raise PlanishError(
+            f"{source.label}: its embedding is quantized; finetune first, then planish export --embeddings"
+        )
+    format = _written_in(folder, request)
     own, _ = split_preset(recipe, request.preset)
     samples, seqlen = data_size(recipe, request.preset, request.samples, request.seqlen, source.config)
     before = RunManifest.read(source.folder) if source.folder is not None else None
@@ -309,7 +316,7 @@ def _from_quantized(
         keys={**own, **request.keys},
         scheme=before.scheme if before else "",
         layers={name: str(scheme) for name, scheme in folder.schemes.items()},
-        format=folder.format.name,
+        format=format.name,
         data="token ids" if isinstance(request.data, Tensor) else str(request.data),
         data_sha256=sha256(examples.ids),
         samples=len(examples.ids),
@@ -319,10 +326,25 @@ def _from_quantized(
         figures={"seconds": round(clock.seconds, 2), **figures_of(outcome, device)},
     )
     write_model(
-        cast_parameters(model, source.dtype), writer, folder.format, source=source,
+        cast_parameters(model, source.dtype), writer, format, source=source,
         tokenizer=request.tokenizer, extra=papers(manifest),
     )  # fmt: skip
     return manifest
+
+
+def _written_in(folder: QuantizedFolder, request: Tuning) -> Format:
+    """The folder's own format; native for what is only read in that one, since native holds everything."""
+    schemes = {name: folder.schemes.get(name) for name in folder.shapes}
+    ordered = any(name.endswith("g_idx") for name in folder.source.names())
+    try:
+        if ordered and not folder.format.name.startswith("gptq"):
+            raise UnsupportedScheme(f"{folder.format.name} can't hold columns in another order")
+        verify(folder.format, schemes, folder.shapes)
+    except UnsupportedScheme as reason:
+        if request.progress:
+            request.progress(Event(stage="finetune", index=0, total=0, note=f"it will be written as native: {reason}"))
+        return FORMATS["native"]
+    return folder.format
 
 
 def _planned(
