@@ -70,6 +70,16 @@ def test_records_keep_the_weight(bits, group, symmetric):
         assert torch.equal(kept.codes, q.codes) and torch.equal(kept.dequantize(), q.dequantize())
 
 
+def test_a_lane_holds_its_fragment_of_a_tensor_cores_operand():
+    q, weight = make((16, 512), 4, 128, True)
+    record = write_records(weight, layout_of(weight))[0, 1]
+    words = record[: 512 * 4].view(torch.int32).view(4, 32, 4).transpose(0, 1).reshape(32, 16)
+    for lane, pair, output, half in itertools.product(range(32), range(32), (0, 1), (0, 1)):
+        code = words[lane, pair // 4 * 2 + output].item() >> (16 * half + pair % 4 * 4) & 15
+        column = STEP + pair // 2 * 16 + pair % 2 * 8 + lane % 4 * 2 + half
+        assert code == q.codes[lane // 4 + 8 * output, column]
+
+
 def test_records_are_written_the_same_block_by_block(monkeypatch):
     _, weight = make((100, 520), 3, 64, False)
     layout = layout_of(weight)

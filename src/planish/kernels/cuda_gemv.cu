@@ -179,7 +179,14 @@ __device__ __forceinline__ float power_for(u32 peak, bool back) {
     return as_float((back ? exponent + 10 : 268 - exponent) << 23);
 }
 
-// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values
+__device__ __forceinline__ void swap(u32& a, u32& b) {
+    u32 kept = a;
+    a = b, b = kept;
+}
+
+// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values. Of
+// a slab's four octets, lane t of a tensor core's operand wants pair t of each, side by side. Lanes write their pairs in
+// different orders, so that those of a warp fall into different banks
 __device__ void stage(
     const u16* x, char* staged, float* sums, u32* peaks, int stride, int rows, int in_features, int first, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -195,8 +202,8 @@ __device__ void stage(
         if (lane == 0) atomicMax(peaks + item / width, peak);
     }
     __syncthreads();
-    float share[4];
-    for (int i = 0; i < 4; i++) share[i] = 1.0f / (1 << position(lane / 4 * 4 + i));
+    const float share = 1.0f / (1 << position(lane));
+    const int turn = lane / 8;
     for (int item = warp; item < rows * width; item += WARPS) {
         const int m = item / width, step = item % width;
         const float power = power_for(peaks[m], false);
@@ -206,9 +213,12 @@ __device__ void stage(
         for (int i = 0; i < 4; i++) {
             float low = widened(pairs[i] & 0xffff) * power, high = widened(pairs[i] >> 16) * power;
             sum += low + high;
-            pairs[i] = two_halves(low * share[i], high * share[i]);
+            pairs[i] = two_halves(low * share, high * share);
         }
-        *(uint4*)(staged + m * stride + step * 2 * STEP + 16 * lane) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        char* slab = staged + m * stride + step * 2 * STEP + lane / 4 * 64 + lane % 4 * 4;
+        if (turn & 1) swap(pairs[0], pairs[1]), swap(pairs[2], pairs[3]);
+        if (turn & 2) swap(pairs[0], pairs[2]), swap(pairs[1], pairs[3]);
+        for (int i = 0; i < 4; i++) *(u32*)(slab + (i ^ turn) * 16) = pairs[i];
         for (int mask = 1; mask < GROUP / 8; mask *= 2) sum += shuffle(sum, mask);
         if (lane % (GROUP / 8) == 0) sums[(step * GROUPS + lane / (GROUP / 8)) * COLUMNS + m] = sum;
     }
