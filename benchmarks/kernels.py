@@ -255,21 +255,28 @@ def check() -> list[str]:
 def first_settings(columns: int) -> list[Settings]:
     """How a block may be cut."""
     if columns == 1:
-        cuts = [(4, 4), (4, 6), (8, 2), (8, 3), (8, 4), (16, 1), (16, 2)]
-        return [Settings(w, t, 4, b, True) for w, b in cuts for t in (1, 2, 4) if t <= w // 4 or t == 1]
+        cuts = [(4, 4), (8, 2), (8, 3), (16, 1), (16, 2)]
+        return [Settings(w, t, 4, b) for w, b in cuts for t in (1, 2, 4) if t <= w // 4 or t == 1]
     cuts = [(8, 1), (8, 2), (16, 1)]
-    return [Settings(w, t, 4, b, True) for w, b in cuts for t in (1, 2, 4)]
+    return [Settings(w, t, 3, b, 2, True) for w, b in cuts for t in (1, 2, 4, 8)]
 
 
-def second_settings(best: Settings) -> list[Settings]:
-    deeper = [best._replace(stages=stages) for stages in (2, 3, 6, 8)]
-    return [*deeper, best._replace(overlap=False)]
+def second_settings(best: Settings, columns: int) -> list[Settings]:
+    """The rest, one by one."""
+    others = [best._replace(tall=3 - best.tall), best._replace(overlap=False)]
+    if columns > 1:
+        others += [best._replace(apart=False), best._replace(apart=False, tall=1)]
+    return others
+
+
+def third_settings(best: Settings) -> list[Settings]:
+    return [best._replace(stages=stages) for stages in (2, 3, 4, 6, 8) if stages != best.stages]
 
 
 def tune(shapes: list, out_of_time: Callable[[], bool]) -> list[Case]:
     """The best settings for each (bits, columns, size), by the geometric mean over that size's shapes."""
     cases: list[Case] = []
-    for columns, (bits, group) in itertools.product((1, 8, 16), [(2, 64), (3, 128), (4, 128), (8, 128)]):
+    for columns, (bits, group) in itertools.product((8, 16, 1), [(2, 64), (3, 128), (4, 128), (8, 128)]):
         sizes: dict[str, list] = {}
         for shape in shapes:
             weight = Packed.from_qtensor(random_weight(*shape, bits, group))
@@ -285,8 +292,10 @@ def tune(shapes: list, out_of_time: Callable[[], bool]) -> list[Case]:
                 print("out of time before", bits, columns, size)
                 return cases
             took = {settings: time_settings(items, settings) for settings in first_settings(columns)}
-            later = second_settings(min(took, key=took.get))
-            took |= {settings: time_settings(items, settings) for settings in later}
+            for more in (partial(second_settings, columns=columns), third_settings):
+                later = more(min(took, key=took.get))
+                compile_ahead((layout, columns, cut, True) for layout, _, _ in items for cut in later)
+                took |= {settings: time_settings(items, settings) for settings in later}
             ranked = sorted(took, key=took.get)
             print(f"    ({bits}, {columns}, {size!r}): {ranked[0]},  # {took[ranked[0]] * 1e6:.2f} us", flush=True)
             cases += [

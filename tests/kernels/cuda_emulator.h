@@ -22,6 +22,7 @@
 #define __launch_bounds__(...)
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x, y; };
 static Index threadIdx, blockIdx, gridDim;
 
@@ -48,7 +49,7 @@ static std::vector<Group> warps;
 static Group block;
 static int current;
 static bool early, backwards;
-static const char *allowed_from, *allowed_to;
+static std::vector<std::pair<const char*, const char*>> allowed;  // what may be fetched
 static float numbers[64][32][12];  // what the lanes of a warp bring to a meeting
 static unsigned words[64][32][8];
 
@@ -102,8 +103,9 @@ static void __syncthreads() { emulator::meet(emulator::block, 2); }
 static void copy_now(emulator::Copy copy) { memcpy(copy.to, copy.from, 16); }
 
 static void fetch(void* to, const void* from) {
-    if ((const char*)from < emulator::allowed_from || (const char*)from + 16 > emulator::allowed_to)
-        emulator::fail("a fetch out of bounds");
+    bool inside = false;
+    for (auto [start, end] : emulator::allowed) inside |= (const char*)from >= start && (const char*)from + 16 <= end;
+    if (!inside) emulator::fail("a fetch out of bounds");
     if ((size_t)to % 16 || (size_t)from % 16) emulator::fail("a fetch that isn't aligned");
     if (emulator::early) copy_now({to, from});
     else emulator::threads[emulator::current].copies.back().push_back({to, from});
@@ -238,7 +240,16 @@ extern "C" void run_gemv(
     emulator::rows = rows, emulator::in_features = in_features, emulator::out_features = out_features;
     emulator::tiles = tiles, emulator::steps = steps, emulator::width = width, emulator::slices = down;
     emulator::early = early, emulator::backwards = backwards;
-    allowed_from = records, allowed_to = records + (long)tiles * steps * RECORD;
+    std::vector<char> ready(rows * steps * 2 * STEP + 4 * steps * GROUPS * COLUMNS + 4 * rows, (char)0xff);
+    allowed = {{records, records + (long)tiles * steps * RECORD},
+               {(const char*)x, (const char*)(x + rows * in_features)},
+               {ready.data(), ready.data() + ready.size()}};
+    if (APART) {
+        emulator::y = (u16*)ready.data();
+        body = [] { bring(emulator::x, (char*)emulator::y, emulator::rows, emulator::in_features, emulator::steps); };
+        run(rows, 1, 512);
+        emulator::x = (const u16*)ready.data(), emulator::y = y;
+    }
     body = [] {
         using namespace emulator;
         gemv(emulator::records, emulator::x, emulator::bias, emulator::y, emulator::sums, emulator::rows,
@@ -250,5 +261,5 @@ extern "C" void run_gemv(
         using namespace emulator;
         combine(emulator::sums, emulator::bias, emulator::y, slices, emulator::rows, emulator::out_features);
     };
-    run((rows * out_features + 127) / 128, 1, 128);
+    run((rows * out_features + 511) / 512, 1, 128);
 }
