@@ -9,26 +9,14 @@
 // and zero enter once a group. The warps of a team share a tile's inputs, and blocks may share them too; their sums
 // are added in a fixed order, the latter's by `combine`.
 //
-// Compiled for BITS (2, 3, 4, 8), GROUP (32, 64, 128, 256), ZERO (0 or 1), COLUMNS (1, 8, 16: the most rows of x),
-// BF16 (0: fp16), WARPS and TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, OVERLAP (1: starts before
-// the kernel that makes x has ended). Knows nothing of torch, and includes nothing.
+// Compiled as cuda_records.cu says, which comes before this, and for COLUMNS (1, 8, 16: the most rows of x), WARPS and
+// TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor. Knows nothing of torch, and includes nothing.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-constexpr int TILE = 16, STEP = 256, SLABS = STEP / 32;     // outputs and inputs of a record; a slab is 32 inputs
-constexpr int GROUPS = STEP / GROUP;                        // of a record
-constexpr int ZERO_BITS = !ZERO ? 0 : GROUPS > 2 ? (BITS > 4 ? 8 : 4) : 16 / GROUPS;
-constexpr int ZERO_WORDS = GROUPS * ZERO_BITS / 16;         // for a pair of outputs
-constexpr int CODES = 512 * BITS, SCALES = 32 * GROUPS, ZEROS = 32 * ZERO_WORDS;
-constexpr int RECORD = CODES + SCALES + ZEROS;              // bytes
 constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS;
 constexpr int MMAS = COLUMNS > 8 ? 2 : 1;                   // of 8 columns each
-constexpr int FIELDS = 16 / BITS;                           // codes that half a word holds
-constexpr int DIRECT = BITS == 2 ? 4 : 10 / BITS;           // of them, those that lie in an fp16 mantissa unshifted
 constexpr float UNIT = 1.0f / 16777216.0f;                  // what a 1 in the last place of a half is worth: 2^-24
 
-#ifndef EMULATED  // the tests compile this file for a CPU, with these functions of their own
+#ifndef EMULATED  // the tests compile this for a CPU, with these functions of their own
 
 __device__ __forceinline__ void fetch(void* shared, const void* global) {
     u32 at = (u32)__cvta_generic_to_shared(shared);
@@ -42,13 +30,6 @@ __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_inputs() {
-#if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // d [16, 8] = a [16, 16] b [16, 8] + c
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -57,61 +38,9 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-__device__ __forceinline__ float from_half(u32 low) {
-    float value;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(low));
-    return value;
-}
-
-__device__ __forceinline__ u32 two_halves(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ u32 rounded(float value) {
-#if BF16
-    u32 bits;
-    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(value));
-    return bits;
-#else
-    return two_halves(value, 0.0f);
-#endif
-}
-
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
-
 #endif
-
-// a 16-bit number of the dtype of x
-__device__ __forceinline__ float widened(u32 bits) { return BF16 ? as_float(bits << 16) : from_half(bits); }
-
-// where the pair of codes `pair` of a record (4 a slab) lies in half a word, once shifted
-__device__ __forceinline__ constexpr int position(int pair) {
-    return (BITS == 3 ? (pair % 16 == 15 ? 0 : pair % 16 % FIELDS) : pair % FIELDS) % DIRECT * BITS;
-}
-
-// that pair as fp16 numbers Q * 2^(position - 24); words of two outputs alternate
-__device__ __forceinline__ u32 codes_of(const u32* words, int pair, int output) {
-    if (BITS == 3 && pair % 16 == 15) {  // the bits that five codes leave over in three words
-        const u32* unit = words + 6 * (pair / 16) + output;
-        return (unit[0] >> 15 & 0x10001) | (unit[2] >> 14 & 0x20002) | (unit[4] >> 13 & 0x40004);
-    }
-    int field = (BITS == 3 ? pair % 16 : pair) % FIELDS;
-    int word = BITS == 3 ? pair / 16 * 3 + pair % 16 / FIELDS : pair / FIELDS;
-    u32 bits = words[2 * word + output];
-    return (field < DIRECT ? bits : bits >> DIRECT * BITS) & ((1u << BITS) - 1) * 0x10001 << position(pair);
-}
-
-// the zeros of a pair of outputs, Q's unit
-__device__ __forceinline__ void zeros_of(const u32* zeros, int group, float (&zero)[2]) {
-    constexpr u32 mask = ZERO_BITS > 8 ? 255 : (1u << ZERO_BITS) - 1;
-    int at = group * ZERO_BITS;
-    u32 pair = zeros[at / 16] >> at % 16 & mask * 0x10001;
-    zero[0] = from_half(pair & 0xffff), zero[1] = from_half(pair >> 16);
-}
 
 // adds what a record gives; x: the lane's columns of the record's inputs; sums: of x over its groups
 __device__ __forceinline__ void multiply(
@@ -131,8 +60,8 @@ __device__ __forceinline__ void multiply(
         u32 low[4], high[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            low[i] = codes_of(words, 4 * slab + i / 2, i % 2);
-            high[i] = codes_of(words, 4 * slab + 2 + i / 2, i % 2);
+            low[i] = codes_of<10>(words, 4 * slab + i / 2, i % 2);
+            high[i] = codes_of<10>(words, 4 * slab + 2 + i / 2, i % 2);
         }
 #pragma unroll
         for (int n = 0; n < MMAS; n++) {
@@ -146,7 +75,10 @@ __device__ __forceinline__ void multiply(
         u32 pair = scales[group];
         float scale[2] = {from_half(pair & 0xffff), from_half(pair >> 16)};
         float zero[2] = {(1 << (BITS - 1)) * UNIT, (1 << (BITS - 1)) * UNIT};
-        if (ZERO) zeros_of(zeros, group, zero);
+        if (ZERO) {
+            u32 both = zeros_of(zeros, group);
+            zero[0] = from_half(both & 0xffff), zero[1] = from_half(both >> 16);  // Q's unit
+        }
 #pragma unroll
         for (int n = 0; n < MMAS; n++) {
             const float* sum = sums + group * COLUMNS + (COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2);
@@ -185,8 +117,8 @@ __device__ __forceinline__ void swap(u32& a, u32& b) {
 }
 
 // x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values. Of
-// a slab's four octets, lane t of a tensor core's operand wants pair t of each, side by side. Lanes write their pairs in
-// different orders, so that those of a warp fall into different banks
+// a slab's four octets, lane t of a tensor core's operand wants pair t of each, side by side. Lanes write their pairs
+// in different orders, so that those of a warp fall into different banks
 __device__ void stage(
     const u16* x, char* staged, float* sums, u32* peaks, int stride, int rows, int in_features, int first, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -202,7 +134,7 @@ __device__ void stage(
         if (lane == 0) atomicMax(peaks + item / width, peak);
     }
     __syncthreads();
-    const float share = 1.0f / (1 << position(lane));
+    const float share = 1.0f / (1 << position<10>(lane));
     const int turn = lane / 8;
     for (int item = warp; item < rows * width; item += WARPS) {
         const int m = item / width, step = item % width;
@@ -225,8 +157,6 @@ __device__ void stage(
     __syncthreads();
 }
 
-extern __shared__ uint4 shared[];
-
 // records: [tiles, steps, RECORD] bytes; x: [rows, in_features]; y: [rows, out_features]. A block of gridDim.y takes
 // `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows, out_features] takes their results
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
@@ -235,8 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / MEMBERS, member = warp % MEMBERS;
     const int first = blockIdx.y * width, last = min(first + width, steps);
     const int stride = width * 2 * STEP + 64;  // rows of x lie in other banks
-    char* ring = (char*)shared + warp * STAGES * RECORD;
-    char* staged = (char*)shared + WARPS * STAGES * RECORD;
+    char* ring = shared_memory() + warp * STAGES * RECORD;
+    char* staged = shared_memory() + WARPS * STAGES * RECORD;
     float* sums = (float*)(staged + rows * stride);
     float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, TILE, COLUMNS]
     u32* peaks = (u32*)(parts + 2 * WARPS * TILE * COLUMNS);
