@@ -1,4 +1,4 @@
-"""Builds CUDA kernels for a CPU (cuda_emulator.h, emulate_*.cpp), with the system's C++ compiler; finds a compiler of CUDA."""
+"""Builds CUDA kernels for a CPU (cuda_emulator.h, emulate_*.cpp) with the system's C++ compiler, and finds NVRTC."""
 
 import ctypes
 import importlib.util

@@ -16,6 +16,8 @@ from planish.kernels import cuda_dequantize, cuda_gemm, cuda_records, nvrtc, ref
 from planish.kernels.cuda_gemm import Settings, packed_gemm
 from planish.kernels.cuda_gemv import DTYPES, Card
 from planish.kernels.gemv_layout import Layout, layout_of, write_records
+from planish.kernels.pack import Packed
+from planish.qtensor import QTensor
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 needs_hopper = pytest.mark.skipif(
@@ -26,7 +28,7 @@ SUMMED = 2**-16  # of |x| |W_hat|^T: what sums in fp32 may be off
 
 
 def assert_near(y, x, q, bias):
-    """The weight is rounded to the dtype of x, as the reference rounds it; only sums and the result are rounded more."""
+    """The weight is rounded to the dtype of x, as the reference rounds it; sums and the result are, besides."""
     weight = q.dequantize(x.dtype).double().to(x.device)
     expected, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias is not None:
@@ -65,14 +67,31 @@ def build(tmp_path_factory):
 @each_dtype
 def test_the_source_of_dequantize_is_the_reference(build, bits, symmetric, dtype):
     for group, shape in [(32, (21, 600)), (64, (16, 256)), (128, (40, 201)), (None, (16, 300))]:
-        q, weight = make(shape, bits, group, symmetric)
-        layout = layout_of(weight)
-        macros = cuda_records.macros(layout[:3], dtype == torch.bfloat16, False)
-        run = build["dequantize"](cuda_dequantize.source(), macros).run_dequantize
-        records, y = write_records(weight, layout), torch.full(shape, float("nan"), dtype=dtype)
-        sizes = layout.in_features, layout.out_features, layout.tiles, layout.steps
-        run(pointer(records), pointer(y), *sizes, cuda_records.first(bits, dtype == torch.bfloat16))
-        assert torch.equal(y, q.dequantize(dtype))
+        q, _ = make(shape, bits, group, symmetric)
+        assert torch.equal(dequantized(build, q, dtype), q.dequantize(dtype))
+
+
+def dequantized(build, q, dtype):
+    """By the kernel in the emulator; it starts as NaN."""
+    weight = Packed.from_qtensor(q)
+    layout, bf16 = layout_of(weight), dtype == torch.bfloat16
+    run = build["dequantize"](cuda_dequantize.source(), cuda_records.macros(layout[:3], bf16, False)).run_dequantize
+    records, y = write_records(weight, layout), torch.full(q.shape, float("nan"), dtype=dtype)
+    sizes = layout.in_features, layout.out_features, layout.tiles, layout.steps
+    run(pointer(records), pointer(y), *sizes, cuda_records.first(q.bits, bf16))
+    return y
+
+
+@each_dtype
+@each_bits
+def test_the_source_of_dequantize_takes_every_scale(build, bits, dtype):
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    scale = halves[halves.isfinite()].view(64, -1)
+    groups = scale.shape[1]
+    codes, zero = torch.randint(0, 2**bits, (64, 32 * groups)).byte(), torch.randint(0, 2**bits, scale.shape).byte()
+    codes[:, ::32], codes[:, 1::32] = 0, 2**bits - 1
+    q = QTensor(codes=codes, scale=scale, zero=zero, bits=bits, group_size=32)
+    assert torch.equal(dequantized(build, q, dtype), q.dequantize(dtype))
 
 
 def pointer(tensor):

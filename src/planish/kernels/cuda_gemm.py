@@ -4,15 +4,14 @@
 
 So a GPU holds a weight once, for decoding and for prefill. On a Hopper GPU the product is a kernel in CUDA C++
 (cuda_gemm.cu, which says how it works); elsewhere, and where a table says so, W_hat is decoded by another
-(`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run time. Sums
-are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
+(`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run time.
+Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
 """
 
 import ctypes
 import functools
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from planish.kernels import cuda_dequantize, cuda_records, gemv_layout, nvrtc
-from planish.kernels.cuda_gemv import Card, card_of, size_of
-from planish.kernels.gemv_layout import STEP, TILE, Layout
+from planish.kernels.cuda_gemv import Card, card_of
+from planish.kernels.gemv_layout import TILE, Layout
 
 HOPPER, TARGET = (9, 0), "sm_90a"  # the kernel's instructions are of this architecture only
 WORKERS, CHUNK, THREADS = 2, 64, 384  # as in cuda_gemm.cu
@@ -49,8 +48,9 @@ class Launch(NamedTuple):
     shared: int
 
 
-# measured by `benchmarks/kernels.py --tune-gemm`: by capability, then by (bits, rows_of, size_of); None is cuBLAS
-TABLES: dict[tuple[int, int], dict[tuple[int, int, str], Settings | None]] = {}
+# measured by `benchmarks/prefill.py --tune`: by capability, then by (bits, rows_of, out, in); None is cuBLAS. What no
+# table has goes by `clocks`
+TABLES: dict[tuple[int, int], dict[tuple[int, int, int, int], Settings | None]] = {}
 
 
 @torch.library.custom_op("planish::packed_gemm", mutates_args=())
@@ -83,11 +83,15 @@ def _(x: Tensor, records: Tensor, bias: Tensor | None, *layout) -> Tensor:  # ty
 
 @packed_gemm.register_kernel("cuda")
 def _(x: Tensor, records: Tensor, bias: Tensor | None, *layout) -> Tensor:  # type: ignore[no-untyped-def]
-    made = Layout(*layout)
-    settings = choose(made, len(x), card_of(records.device.index or 0))
+    return product(x, records, bias, Layout(*layout))
+
+
+def product(x: Tensor, records: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """The op on a GPU, by the way that tables or the rule choose."""
+    settings = choose(layout, len(x), card_of(records.device.index or 0))
     if settings is None or not len(x):
-        return functional.linear(x, cuda_dequantize.dequantize(records, made, x.dtype), bias)
-    return multiply(x, records, bias, made, settings)
+        return functional.linear(x, cuda_dequantize.dequantize(records, layout, x.dtype), bias)
+    return multiply(x, records, bias, layout, settings)
 
 
 def choose(layout: Layout, rows: int, card: Card) -> Settings | None:
@@ -95,7 +99,7 @@ def choose(layout: Layout, rows: int, card: Card) -> Settings | None:
     if card.capability != HOPPER or layout.in_features % 8:  # a tensor map's rows are multiples of 16 bytes
         return None
     table = TABLES.get(card.capability, {})
-    key = layout.bits, rows_of(rows), size_of(layout)
+    key = layout.bits, rows_of(rows), layout.out_features, layout.in_features
     return table[key] if key in table else default_settings(layout, rows, card)
 
 
@@ -160,8 +164,8 @@ def clocks(layout: Layout, rows: int, card: Card, settings: Settings) -> float:
     reads = (512 * columns + 8 * blocks * sum(layout.sizes)) / 28
     clusters = card.processors // split if split < 4 else card.processors // 16 * 16 // split
     waves = -(-_pieces(layout, rows, settings) // clusters)
-    exchanges = 1500 + 12 * blocks * columns if split > 1 else 0
-    return waves * (max(multiplies, decodes, reads) * -(-layout.steps // split) + 2500 + 8 * blocks * columns + exchanges)
+    ends = 2500 + 8 * blocks * columns + (1500 + 12 * blocks * columns if split > 1 else 0)
+    return waves * (max(multiplies, decodes, reads) * -(-layout.steps // split) + ends)
 
 
 def macros(layout: tuple[int, int, bool], bf16: bool, settings: Settings, records: int) -> dict[str, int]:
@@ -185,8 +189,8 @@ def wgmma(columns: int, bf16: bool) -> str:
     return f"""
 #ifndef EMULATED
 __device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned (&a)[4], unsigned long long b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{sums}}}, {{{left}}}, %{count + 4}, "
-                 "1, 1, 1, 0;" : {outputs} : {inputs}, "l"(b));
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+                 "{{{sums}}}, {{{left}}}, %{count + 4}, 1, 1, 1, 0;" : {outputs} : {inputs}, "l"(b));
 }}
 #endif
 """

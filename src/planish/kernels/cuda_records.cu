@@ -19,7 +19,7 @@ constexpr int FIELDS = 16 / BITS;                           // codes that half a
 // arithmetic of decoding is fp16, or bf16 where that is exact
 constexpr bool SHORT = BF16 && BITS <= 4;
 constexpr int MANTISSA = SHORT ? 7 : 10, BIAS = SHORT ? 127 : 15;
-constexpr u32 FIRST = (u32)(BIAS + MANTISSA << MANTISSA) * 0x10001;  // a pair of 2^MANTISSA: a code in it is added to it
+constexpr u32 FIRST = (u32)(BIAS + MANTISSA << MANTISSA) * 0x10001;  // a pair of 2^MANTISSA; a code in it adds to it
 
 #ifndef EMULATED  // the tests compile kernels for a CPU, with these functions of their own
 
@@ -143,8 +143,8 @@ __device__ __forceinline__ Grid grid_of(const char* record, int lane, int group,
     return grid;
 }
 
-// a pair of weights in the dtype of x: s (Q - z), rounded once. Of s, 11 bits long, bf16 holds 8; a code of 4 bits times
-// the other 3 is exact, so that it is added to the product with the 8 before that is rounded
+// a pair of weights in the dtype of x: s (Q - z), rounded once. Of s, 11 bits long, bf16 holds 8; a code of 4 bits
+// times the other 3 is exact, so that it is added to the product with the 8 before that is rounded
 __device__ __forceinline__ u32 weights_of(const u32* words, int pair, int output, const Grid& grid, u32 first) {
     const int p = position<MANTISSA>(pair);
     const u32 power = FIRST - (MANTISSA + p) * (0x10001 << MANTISSA), minus_zero = 0x80008000;
