@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,15 @@ def compile_ahead(wanted: set) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: cuda_gemm._compiled(*key), keys))
     print(f"compiled {len(keys)} kernels in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def those_chosen(shapes: list, every: list[int]) -> Iterator[tuple]:
+    """What `kernels.cuda_gemm.product` will take."""
+    for shape, (bits, group), rows, bf16 in itertools.product(shapes, SCHEMES, every, (False, True)):
+        layout = Layout(bits, group, True, *shape)
+        settings = cuda_gemm.choose(layout, rows, card_of(0))
+        if settings is not None:
+            yield layout, rows, settings, bf16
 
 
 def signed_weight(shape: tuple[int, int], bits: int, group: int | None, symmetric: bool) -> QTensor:
@@ -221,6 +230,7 @@ def main() -> None:
         result["wrong"] = wrong = check(out_of_time)
         print(f"checked after {time.perf_counter() - started:.0f} s; wrong: {len(wrong)}", flush=True)
     if chosen.compare or every:
+        compile_ahead(set(those_chosen(shapes, rows)))
         result["cases"] = kernels.compare(chosen.peers.split(","), shapes, rows, out_of_time, SCHEMES)
         result["dequantize"] = time_dequantize(shapes, out_of_time)
     if chosen.tune or every:

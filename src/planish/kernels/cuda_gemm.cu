@@ -38,7 +38,7 @@ __device__ __forceinline__ u32 rank_in_cluster() {
 }
 
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // four numbers into the shared memory of a block of the cluster, where `at` is in this one's
