@@ -5,15 +5,12 @@ is compiled for every architecture where there is an NVRTC. On a GPU the same is
 """
 
 import ctypes
-import importlib.util
 import itertools
-import shutil
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import builder, some_nvrtc
 from test_kernels import random_qtensor
 
 from planish.kernels import cuda_gemv, gemv_layout, nvrtc, reference
@@ -145,24 +142,15 @@ def test_torch_knows_the_op_and_traces_it():
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    """Builds cuda_gemv.cu for the emulator: of a layout, a dtype, settings and columns, the function that runs it."""
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    header, folder = Path(__file__).with_name("cuda_emulator.h"), tmp_path_factory.mktemp("emulator")
+    """Of a layout, a dtype, settings and columns, the function that runs the kernel."""
+    build = builder(tmp_path_factory.mktemp("emulator"), "gemv")
 
-    def build(layout, dtype, settings, columns):
+    def of(layout, dtype, settings, columns):
         settings = settings._replace(overlap=False)
         macros = cuda_gemv.macros(layout[:3], dtype == torch.bfloat16, settings, columns)
-        defined = [f"-D{name}={value}" for name, value in macros.items()]
-        out = folder / f"{'_'.join(str(value) for value in macros.values())}.so"
-        if out.exists():
-            return ctypes.CDLL(str(out)).run_gemv
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-DEMULATED", *defined]
-        command += [f'-DKERNEL="{cuda_gemv.SOURCE}"', "-x", "c++", str(header), "-o", str(out)]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(out)).run_gemv
+        return build(cuda_gemv.source(), macros).run_gemv
 
-    return build
+    return of
 
 
 def emulate(run, x, weight, bias, width, across, early, backwards):
@@ -214,20 +202,10 @@ def test_the_kernel_takes_zeros_and_keeps_what_is_not_finite_in_its_row(emulator
     assert not y[0].any() and y[1].isnan().all() and y[2].isfinite().all() and not y[3].isfinite().any()
 
 
-def some_nvrtc():
-    """Torch's own, or one that lies in a wheel beside it."""
-    if nvrtc.compiler():
-        return nvrtc.compiler()
-    found = importlib.util.find_spec("nvidia")
-    roots = [] if found is None else list(found.submodule_search_locations or ())
-    paths = [path for root in roots for path in Path(root).glob("*/lib/libnvrtc.so.*")]
-    return ctypes.CDLL(str(paths[0])) if paths else None
-
-
 @pytest.mark.skipif(some_nvrtc() is None, reason="needs NVRTC")
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
 def test_the_kernel_compiles_for(target):
-    source, overlap = cuda_gemv.SOURCE.read_text(), target in ("sm_90", "sm_120")
+    source, overlap = cuda_gemv.source(), target in ("sm_90", "sm_120")
     for bits, columns in [(2, 1), (3, 8), (4, 16)]:
         settings = cuda_gemv.DEFAULTS[columns]._replace(overlap=overlap)
         macros = cuda_gemv.macros((bits, 64, True), True, settings, columns)

@@ -9,28 +9,16 @@
 // tensor cores multiply codes by x, and sum in fp32. Scale and zero enter once a group. The warps of a team share a
 // strip's inputs, and blocks may share them too; their sums are added in a fixed order, the latter's by `combine`.
 //
-// Compiled for BITS (2, 3, 4, 8), GROUP (32, 64, 128, 256), ZERO (0 or 1), COLUMNS (1, 8, 16: the most rows of x),
-// BF16 (0: fp16), WARPS and TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, TALL (tiles of a strip,
-// which a warp takes at once), APART (1: x comes from `bring`), OVERLAP (1: starts before the kernel that makes x has
-// ended). Knows nothing of torch, and includes nothing.
+// Compiled as cuda_records.cu says, which comes before this, and for COLUMNS (1, 8, 16: the most rows of x), WARPS and
+// TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, TALL (tiles of a strip, which a warp takes at
+// once), APART (1: x comes from `bring`). Knows nothing of torch, and includes nothing.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-constexpr int TILE = 16, STEP = 256, SLABS = STEP / 32;     // outputs and inputs of a record; a slab is 32 inputs
-constexpr int GROUPS = STEP / GROUP;                        // of a record
-constexpr int ZERO_BITS = !ZERO ? 0 : GROUPS > 2 ? (BITS > 4 ? 8 : 4) : 16 / GROUPS;
-constexpr int ZERO_WORDS = GROUPS * ZERO_BITS / 16;         // for a pair of outputs
-constexpr int CODES = 512 * BITS, SCALES = 32 * GROUPS, ZEROS = 32 * ZERO_WORDS;
-constexpr int RECORD = CODES + SCALES + ZEROS;              // bytes
 constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS, HEIGHT = TALL * TILE;  // a strip's outputs
 constexpr int MMAS = COLUMNS > 8 ? 2 : 1;                   // of 8 columns each
-constexpr int CHAINS = TALL * MMAS > 2 ? 1 : 2;             // sums that a group has, so that an mma waits for few others
-constexpr int FIELDS = 16 / BITS;                           // codes that half a word holds
-constexpr int DIRECT = BITS == 2 ? 4 : 10 / BITS;           // of them, those that lie in an fp16 mantissa unshifted
+constexpr int CHAINS = TALL * MMAS > 2 ? 1 : 2;             // sums of a group, so that an mma waits for few others
 constexpr float UNIT = 1.0f / 16777216.0f;                  // what a 1 in the last place of a half is worth: 2^-24
 
-#ifndef EMULATED  // the tests compile this file for a CPU, with these functions of their own
+#ifndef EMULATED  // the tests compile this for a CPU, with these functions of their own
 
 __device__ __forceinline__ void fetch(void* shared, const void* global) {
     u32 at = (u32)__cvta_generic_to_shared(shared);
@@ -44,13 +32,6 @@ __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_inputs() {
-#if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // d [16, 8] = a [16, 16] b [16, 8] + c
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -59,76 +40,30 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-__device__ __forceinline__ float from_half(u32 low) {
-    float value;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(low));
-    return value;
-}
-
-__device__ __forceinline__ u32 two_halves(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ u32 rounded(float value) {
-#if BF16
-    u32 bits;
-    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(value));
-    return bits;
-#else
-    return two_halves(value, 0.0f);
-#endif
-}
-
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
 
 #endif
-
-// a 16-bit number of the dtype of x
-__device__ __forceinline__ float widened(u32 bits) { return BF16 ? as_float(bits << 16) : from_half(bits); }
-
-// where the pair of codes `pair` of a record (4 a slab) lies in half a word, once shifted
-__device__ __forceinline__ constexpr int position(int pair) {
-    return (BITS == 3 ? (pair % 16 == 15 ? 0 : pair % 16 % FIELDS) : pair % FIELDS) % DIRECT * BITS;
-}
-
-// that pair as fp16 numbers Q * 2^(position - 24); words of two outputs alternate
-__device__ __forceinline__ u32 codes_of(const u32* words, int pair, int output) {
-    if (BITS == 3 && pair % 16 == 15) {  // the bits that five codes leave over in three words
-        const u32* unit = words + 6 * (pair / 16) + output;
-        return (unit[0] >> 15 & 0x10001) | (unit[2] >> 14 & 0x20002) | (unit[4] >> 13 & 0x40004);
-    }
-    int field = (BITS == 3 ? pair % 16 : pair) % FIELDS;
-    int word = BITS == 3 ? pair / 16 * 3 + pair % 16 / FIELDS : pair / FIELDS;
-    u32 bits = words[2 * word + output];
-    return (field < DIRECT ? bits : bits >> DIRECT * BITS) & ((1u << BITS) - 1) * 0x10001 << position(pair);
-}
-
-// the zeros of a pair of outputs, Q's unit
-__device__ __forceinline__ void zeros_of(const u32* zeros, int group, float (&zero)[2]) {
-    constexpr u32 mask = ZERO_BITS > 8 ? 255 : (1u << ZERO_BITS) - 1;
-    int at = group * ZERO_BITS;
-    u32 pair = zeros[at / 16] >> at % 16 & mask * 0x10001;
-    zero[0] = from_half(pair & 0xffff), zero[1] = from_half(pair >> 16);
-}
 
 // adds what a group gives a tile; dot: sums of codes times x; sum: of x over the group
 __device__ __forceinline__ void close_group(
-    const char* record, int group, const float (&dot)[MMAS][CHAINS][4], const float* sum, int lane, float (&total)[MMAS][4]) {
+    const char* record, int group, const float (&dot)[MMAS][CHAINS][4], const float* sum, int lane,
+    float (&total)[MMAS][4]) {
     const u32 pair = ((const u32*)(record + CODES) + lane / 4 * GROUPS)[group];
     const float scale[2] = {from_half(pair & 0xffff), from_half(pair >> 16)};
     float zero[2] = {(1 << (BITS - 1)) * UNIT, (1 << (BITS - 1)) * UNIT};
-    if (ZERO) zeros_of((const u32*)(record + CODES + SCALES) + lane / 4 * ZERO_WORDS, group, zero);
+    if (ZERO) {
+        const u32 both = zeros_of((const u32*)(record + CODES + SCALES) + lane / 4 * ZERO_WORDS, group);
+        zero[0] = from_half(both & 0xffff), zero[1] = from_half(both >> 16);  // Q's unit
+    }
 #pragma unroll
     for (int n = 0; n < MMAS; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (COLUMNS == 1 && i % 2) continue;  // all columns are the same
             const float x = sum[COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2];
-            total[n][i] += scale[i / 2] * ((CHAINS == 2 ? dot[n][0][i] + dot[n][CHAINS - 1][i] : dot[n][0][i]) - zero[i / 2] * x);
+            const float both = CHAINS == 2 ? dot[n][0][i] + dot[n][CHAINS - 1][i] : dot[n][0][i];
+            total[n][i] += scale[i / 2] * (both - zero[i / 2] * x);
         }
     }
 }
@@ -155,8 +90,8 @@ __device__ __forceinline__ void multiply(
             u32 low[4], high[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                low[i] = codes_of(words[r], 4 * slab + i / 2, i % 2);
-                high[i] = codes_of(words[r], 4 * slab + 2 + i / 2, i % 2);
+                low[i] = codes_of<10>(words[r], 4 * slab + i / 2, i % 2);
+                high[i] = codes_of<10>(words[r], 4 * slab + 2 + i / 2, i % 2);
             }
             const bool fresh = slab * 32 % GROUP == 0;
 #pragma unroll
@@ -209,7 +144,7 @@ __device__ __forceinline__ u32 peak_of(uint4 v) {
 // slab's four octets, lane t of a tensor core's operand wants pair t of each, side by side. Lanes write their pairs in
 // different orders, so that those of a warp fall into different banks
 __device__ __forceinline__ void convert(uint4 v, float power, char* to, float* sums, int lane) {
-    const float share = power / (1 << position(lane));
+    const float share = power / (1 << position<10>(lane));
     const int turn = lane / 8;
     u32 pairs[4] = {v.x, v.y, v.z, v.w};
     float sum = 0.0f;
@@ -226,8 +161,8 @@ __device__ __forceinline__ void convert(uint4 v, float power, char* to, float* s
     if (lane % (GROUP / 8) == 0) sums[lane / (GROUP / 8) * COLUMNS] = sum;
 }
 
-// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values; first
-// as it is, all of it on its way at once, then in place
+// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values;
+// first as it is, all of it on its way at once, then in place
 __device__ void stage(
     const u16* x, char* staged, float* sums, u32* peaks, int stride, int rows, int in_features, int first, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -271,15 +206,14 @@ __device__ void take(
     wait<0>();
 }
 
-extern __shared__ uint4 shared[];
-
 // x [rows, in_features] as blocks want it, a block a row: fp16 [rows, steps, STEP], then fp32 sums
 // [steps, GROUPS, COLUMNS], then the largest value of each row
-extern "C" __global__ void __launch_bounds__(512) bring(const u16* x, char* ready, int rows, int in_features, int steps) {
+extern "C" __global__ void __launch_bounds__(512) bring(
+    const u16* x, char* ready, int rows, int in_features, int steps) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m = blockIdx.x;
     float* sums = (float*)(ready + (long long)rows * steps * 2 * STEP);
     u32* peaks = (u32*)(sums + steps * GROUPS * COLUMNS);
-    u32* peak = (u32*)shared;
+    u32* peak = (u32*)shared_memory();
     if (threadIdx.x == 0) *peak = 0;
     wait_for_inputs();
     __syncthreads();
@@ -298,17 +232,17 @@ extern "C" __global__ void __launch_bounds__(512) bring(const u16* x, char* read
     if (threadIdx.x == 0) peaks[m] = *peak;
 }
 
-// records: [tiles, steps, RECORD] bytes; x: [rows, in_features], or what `bring` made of it; y: [rows, out_features]. A
-// block of gridDim.y takes `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows, out_features]
-// takes their results
+// records: [tiles, steps, RECORD] bytes; x: [rows, in_features], or what `bring` made of it; y: [rows, out_features].
+// A block of gridDim.y takes `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows,
+// out_features] takes their results
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     const char* records, const u16* x, const u16* bias, u16* y, float* sums_out, int rows, int in_features,
     int out_features, int tiles, int steps, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / MEMBERS, member = warp % MEMBERS;
     const int first = blockIdx.y * width, last = min(first + width, steps), strips = (tiles + TALL - 1) / TALL;
     const int stride = width * 2 * STEP + 64;  // rows of x lie in other banks
-    char* ring = (char*)shared + warp * STAGES * TALL * RECORD;
-    char* staged = (char*)shared + WARPS * STAGES * TALL * RECORD;
+    char* ring = shared_memory() + warp * STAGES * TALL * RECORD;
+    char* staged = shared_memory() + WARPS * STAGES * TALL * RECORD;
     float* sums = (float*)(staged + rows * stride);
     float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, HEIGHT, COLUMNS]
     u32* peaks = (u32*)(parts + 2 * WARPS * HEIGHT * COLUMNS);

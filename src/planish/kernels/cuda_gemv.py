@@ -12,21 +12,19 @@ Groups: any that 32 divides, and whole rows. sm_80 and later. Knows nothing of l
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.kernels import gemv_layout, nvrtc, train
+from planish.kernels import cuda_records, gemv_layout, nvrtc, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 
 MAX_ROWS = 16
 TOLERANCE = 2**-8  # of |x| |W_hat|^T, element by element
 DTYPES = (torch.bfloat16, torch.float16)
-SOURCE = Path(__file__).with_suffix(".cu")
 RESERVED = 1024  # bytes of shared memory that a block takes for itself
 BRINGERS = 512  # threads that prepare a row of x
 
@@ -282,8 +280,14 @@ def _runs_on(device: int) -> bool:
 
 def macros(layout: tuple[int, int, bool], bf16: bool, settings: Settings, columns: int) -> dict[str, int]:
     """What cuda_gemv.cu is compiled for; `layout` is bits, group, has_zero."""
-    names = "BITS", "GROUP", "ZERO", "BF16", "WARPS", "TEAMS", "STAGES", "BLOCKS", "TALL", "APART", "OVERLAP", "COLUMNS"
-    return {name: int(value) for name, value in zip(names, (*layout, bf16, *settings, columns), strict=True)}
+    names = "WARPS", "TEAMS", "STAGES", "BLOCKS", "TALL", "APART", "COLUMNS"
+    cut = {name: int(value) for name, value in zip(names, (*settings[:6], columns), strict=True)}
+    return cuda_records.macros(layout, bf16, settings.overlap) | cut
+
+
+def source() -> str:
+    """The kernel's text: what kernels share, and its own."""
+    return cuda_records.source("cuda_gemv")
 
 
 @functools.cache
@@ -300,4 +304,4 @@ def _compiled(
     layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int], capability: tuple[int, int]
 ) -> bytes:
     target = f"sm_{capability[0]}{capability[1]}"
-    return nvrtc.compile_source(SOURCE.read_text(), macros(layout, bf16, *shape), target)
+    return nvrtc.compile_source(source(), macros(layout, bf16, *shape), target)
