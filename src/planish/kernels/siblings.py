@@ -1,0 +1,140 @@
+"""Siblings: layers that are given the same x (q, k and v; gate and up), multiplied by in one product.
+
+    y = x [W_1; W_2; ...]^T,   each member takes its own outputs of y
+
+Their records lie in one tensor, of which each member holds its part: so they keep names, weights and files of their
+own. Who is a sibling is seen in one pass of the model without numbers: layers that are given the very same tensor.
+Whether they really are is asked again at each call, so that a wrong guess costs time and never a result.
+
+The first member that is called with some x makes y; the others find it as long as x is the same object and nothing
+was written into it since, by what autograd goes by to know that. While a graph is traced nothing is remembered: each
+member states the whole product, and the compiler makes one of what is stated several times.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from planish.kernels.gemv_layout import TILE
+from planish.kernels.linear import PackedLinear, packed_layers
+from planish.kernels.records import multiply, reads
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """y of an x, for the members that have yet to take their part."""
+
+    x: Tensor
+    stamp: tuple[int, object]
+    y: Tensor
+    waiting: set[Span]
+
+
+class Siblings:
+    """Joins layers; they must agree in bits, groups, zero points, inputs and the order of these.
+
+    Args:
+        members: held as records, with outputs in whole tiles.
+    """
+
+    def __init__(self, members: Sequence[PackedLinear]) -> None:
+        first = members[0]
+        assert first.layout is not None
+        self.order = first.order
+        self.layout = first.layout._replace(out_features=sum(member.out_features for member in members))
+        self.records = torch.cat([member.records for member in members if member.records is not None])
+        if self.records.is_cuda:  # a kernel that overlaps reads them before the kernels ahead of it have ended
+            torch.cuda.current_stream(self.records.device).synchronize()
+        torch._dynamo.mark_static_address(self.records)
+        self.spans: list[Span] = []
+        self._product: _Product | None = None
+        start = 0
+        for member in members:
+            stop = start + member.out_features
+            member.records = self.records[start // TILE : stop // TILE]
+            member.siblings, member.span = self, (start, stop)
+            self.spans.append(member.span)
+            start = stop
+
+    def product(self, member: PackedLinear, x: Tensor) -> Tensor:
+        """What `member` makes of x [..., in]; no gradient."""
+        start, stop = member.span
+        if torch.compiler.is_compiling() or x.is_inference():
+            y = self._multiply(x)
+        else:
+            y = self._remembered(member.span, x)
+        part = y[..., start:stop]
+        return part if member.bias is None else part + member.bias.to(part.dtype)
+
+    def _remembered(self, span: Span, x: Tensor) -> Tensor:
+        stamp = x._version, torch.cuda.current_stream(x.device) if x.is_cuda else None
+        known = self._product
+        if known is None or known.x is not x or known.stamp != stamp or span not in known.waiting:
+            known = self._product = _Product(x, stamp, self._multiply(x), set(self.spans))
+        known.waiting.discard(span)
+        if not known.waiting:
+            self._product = None
+        return known.y
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        return multiply(x, self.records, self.layout)
+
+
+def settle(model: nn.Module) -> None:
+    """Make a model that isn't trained fast, in place: layers where a GPU reads records hold them, siblings are joined."""
+    layers = packed_layers(model).values()
+    for layer in layers:
+        if type(layer) is PackedLinear and layer.records is None and reads(layer.codes.device, _dtype(model)):
+            layer.to_records()
+    join(model)
+
+
+def join(model: nn.Module) -> None:
+    """Join the siblings among layers that are held as records."""
+    for members in _given_the_same(model):
+        kinds: dict[object, list[PackedLinear]] = {}
+        for member in members:
+            layout, order = member.layout, member.order
+            if layout is not None and layout.out_features % TILE == 0 and member.siblings is None:
+                ordered = None if order is None else tuple(order.tolist())
+                kinds.setdefault((layout[:3], layout.in_features, ordered), []).append(member)
+        for alike in kinds.values():
+            if len(alike) > 1:
+                Siblings(alike)
+
+
+def _given_the_same(model: nn.Module) -> list[list[PackedLinear]]:
+    """Layers held as records, by the tensor they are given in a pass of one token."""
+    held = [layer for layer in packed_layers(model).values() if layer.records is not None]
+    given: dict[tuple[int, int], tuple[Tensor, list[PackedLinear]]] = {}  # holds tensors, so that no id comes twice
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, PackedLinear)
+        found = given.setdefault((id(args[0]), args[0]._version), (args[0], []))[1]
+        if layer not in found:
+            found.append(layer)
+
+    if not held:
+        return []
+    handles = [layer.register_forward_pre_hook(see) for layer in held]
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=held[0].records.device)  # type: ignore[union-attr]
+            model(input_ids=ids, use_cache=False)
+    except Exception:  # noqa: BLE001  (what can't run without numbers is joined as far as it came)
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layers for _, layers in given.values()]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
