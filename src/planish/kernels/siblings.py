@@ -8,14 +8,17 @@ Whether they really are is asked again at each call, so that a wrong guess costs
 
 The first member that is called with some x makes y; the others find it as long as x is the same object and nothing
 was written into it since, by what autograd goes by to know that. While a graph is traced nothing is remembered: each
-member states the whole product, and the compiler makes one of what is stated several times.
+member multiplies by its own part, or where `Merge` is among the compiler's passes (`merging`) by the whole, of which
+the compiler then makes one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planish.kernels.gemv_layout import TILE
@@ -23,6 +26,7 @@ from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.records import multiply, reads
 
 Span = tuple[int, int]
+_MERGED = ("planish.packed_", "aten.view.", "aten.reshape.", "aten.index_select.")  # a product, and how x comes to it
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Siblings:
             torch.cuda.current_stream(self.records.device).synchronize()
         torch._dynamo.mark_static_address(self.records)
         self.spans: list[Span] = []
+        self.merging = False  # whether what members state while a graph is traced is made one
         self._product: _Product | None = None
         start = 0
         for member in members:
@@ -64,10 +69,10 @@ class Siblings:
     def product(self, member: PackedLinear, x: Tensor) -> Tensor:
         """What `member` makes of x [..., in]; no gradient."""
         start, stop = member.span
-        if torch.compiler.is_compiling() or x.is_inference():
-            y = self._multiply(x)
-        else:
-            y = self._remembered(member.span, x)
+        traced = torch.compiler.is_compiling()
+        if not self.merging if traced else x.is_inference():  # tensors of inference mode don't say what was written
+            return multiply(self._ordered(x), member.records, member.layout, member.bias)
+        y = self._multiply(x) if traced else self._remembered(member.span, x)
         part = y[..., start:stop]
         return part if member.bias is None else part + member.bias.to(part.dtype)
 
@@ -82,9 +87,39 @@ class Siblings:
         return known.y
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if self.order is not None:
-            x = x.index_select(-1, self.order)
-        return multiply(x, self.records, self.layout)
+        return multiply(self._ordered(x), self.records, self.layout)
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x.index_select(-1, self.order)
+
+
+class Merge(CustomGraphPass):
+    """A pass of torch's compiler over a graph without side effects: equal products of equal x become one."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        known: dict[object, fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.op == "call_function" and str(node.target).startswith(_MERGED):
+                first = known.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))  # what was compiled is kept on disk for as long as the pass is the same
+
+
+@contextmanager
+def merging(model: nn.Module) -> Iterator[None]:
+    """For as long as it lasts, graphs of this model must be compiled with `Merge` among the passes."""
+    joined = {layer.siblings for layer in packed_layers(model).values() if layer.siblings is not None}
+    for siblings in joined:
+        siblings.merging = True
+    try:
+        yield
+    finally:
+        for siblings in joined:
+            siblings.merging = False
 
 
 def settle(model: nn.Module) -> None:
