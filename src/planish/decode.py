@@ -132,7 +132,7 @@ class Decoder:
                 self._take(self.token)
 
     def _take(self, ids: Tensor) -> None:
-        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **last)
         self.token.copy_(self._picked(out.logits[:, -1]))
         self.tokens.index_copy_(1, self.count, self.token)
@@ -183,7 +183,8 @@ class _Compiled:
         blocks = model.get_submodule(discover(model, PackedLinear).blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.model, self.blocks = model, blocks
-        self.places = [_Place(block, _compiled_call(), _Layer(layer)) for block, layer in zip(blocks, cache.layers, strict=False)]
+        layers = map(_Layer, cache.layers)
+        self.places = [_Place(block, _compiled_call(), layer) for block, layer in zip(blocks, layers, strict=False)]
 
     @contextmanager
     def standing(self) -> Iterator[None]:

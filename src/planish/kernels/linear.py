@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
 from planish.kernels import choose, train
+from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
 from planish.qtensor import PARTS, QTensor, store
@@ -47,6 +48,7 @@ class PackedLinear(nn.Module):
     order: Tensor | None
     bias: Tensor | None
     records: Tensor | None
+    layout: Layout | None
 
     def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -72,11 +74,11 @@ class PackedLinear(nn.Module):
 
     def _hold(self, weight: Weight) -> None:
         """Take a weight in the place of what is held."""
-        recorded = isinstance(weight, Records)
-        self.records, self.layout = (weight.tiles, weight.layout) if recorded else (None, None)
+        self.records, self.layout = (weight.tiles, weight.layout) if isinstance(weight, Records) else (None, None)
         for name in PARTS:
             setattr(self, name, getattr(weight, name, None))
         self.siblings: Siblings | None = None
+        self.span: tuple[int, int] | None = None  # of its outputs among the siblings'
         self._cache: dict[str, Tensor] = {}
 
     def to_records(self) -> bool:

@@ -10,7 +10,6 @@ swapping neighbours, then pairs, then fours. Knows nothing of layers and files.
 """
 
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class Records:
         )
 
 
-Weight = Union[Packed, Records]
+Weight = Packed | Records
 
 
 def hold(stream: Stream, dtype: torch.dtype) -> Weight:

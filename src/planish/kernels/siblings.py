@@ -15,6 +15,7 @@ the compiler then makes one.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from planish.kernels.gemv_layout import TILE
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.records import multiply, reads
 
+Model = TypeVar("Model", bound=nn.Module)
 Span = tuple[int, int]
 _MERGED = ("planish.packed_", "aten.view.", "aten.reshape.", "aten.index_select.")  # a product, and how x comes to it
 
@@ -52,8 +54,6 @@ class Siblings:
         self.order = first.order
         self.layout = first.layout._replace(out_features=sum(member.out_features for member in members))
         self.records = torch.cat([member.records for member in members if member.records is not None])
-        if self.records.is_cuda:  # a kernel that overlaps reads them before the kernels ahead of it have ended
-            torch.cuda.current_stream(self.records.device).synchronize()
         torch._dynamo.mark_static_address(self.records)
         self.spans: list[Span] = []
         self.merging = False  # whether what members state while a graph is traced is made one
@@ -63,11 +63,12 @@ class Siblings:
             stop = start + member.out_features
             member.records = self.records[start // TILE : stop // TILE]
             member.siblings, member.span = self, (start, stop)
-            self.spans.append(member.span)
+            self.spans.append((start, stop))
             start = stop
 
     def product(self, member: PackedLinear, x: Tensor) -> Tensor:
         """What `member` makes of x [..., in]; no gradient."""
+        assert member.records is not None and member.layout is not None and member.span is not None
         start, stop = member.span
         traced = torch.compiler.is_compiling()
         if not self.merging if traced else x.is_inference():  # tensors of inference mode don't say what was written
@@ -122,13 +123,13 @@ def merging(model: nn.Module) -> Iterator[None]:
             siblings.merging = False
 
 
-def settle(model: nn.Module) -> None:
-    """Make a model that isn't trained fast, in place: layers where a GPU reads records hold them, siblings are joined."""
-    layers = packed_layers(model).values()
-    for layer in layers:
+def settle(model: Model) -> Model:
+    """Make a model that isn't trained fast, in place: where a GPU reads records layers hold them, siblings joined."""
+    for layer in packed_layers(model).values():
         if type(layer) is PackedLinear and layer.records is None and reads(layer.codes.device, _dtype(model)):
             layer.to_records()
     join(model)
+    return model
 
 
 def join(model: nn.Module) -> None:
@@ -143,6 +144,9 @@ def join(model: nn.Module) -> None:
         for alike in kinds.values():
             if len(alike) > 1:
                 Siblings(alike)
+    for device in {member.records.device for member in packed_layers(model).values() if member.records is not None}:
+        if device.type == "cuda":  # a kernel that overlaps reads records before the kernels ahead of it have ended
+            torch.cuda.synchronize(device)
 
 
 def _given_the_same(model: nn.Module) -> list[list[PackedLinear]]:
