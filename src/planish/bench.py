@@ -8,7 +8,6 @@ answers have no end. Figures are medians of RUNS; what happens once (compiling, 
 """
 
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from planish.errors import PlanishError
 from planish.kernels import choose, cuda_gemv
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
-from planish.log import versions
+from planish.log import peak_bytes, versions
 from planish.run import device_kind
 
 RUNS = 3
@@ -119,7 +118,7 @@ def bench(
         captured=captured,
         bandwidth=bandwidth,
         weights=weights,
-        memory=_peak(device),
+        memory=peak_bytes(device),
         layers=kinds(model, batches[0]),
         speeds=speeds,
     )
@@ -203,9 +202,3 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
                 linear.bias = nn.Parameter(layer.bias, requires_grad=False)
             model.set_submodule(name, linear)
     return model
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
