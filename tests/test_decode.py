@@ -20,13 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarni
 
 
 @pytest.fixture
-def held_as_records(monkeypatch):
-    """As on a GPU, where models are loaded with records in place of codes."""
-    for home in ("records", "siblings"):
-        monkeypatch.setattr(f"planish.kernels.{home}.reads", lambda device, dtype: True)
-
-
-@pytest.fixture
 def folder(tiny_llama, tmp_path):
     planish.quantize_to(tiny_llama(), tmp_path / "q4", "rtn", "w4g32", device="cpu")
     return tmp_path / "q4"
@@ -71,7 +64,7 @@ def test_compiled_blocks_are_compiled_once_for_all(dense, folder, held_as_record
         blocks = list(model.model.layers)
         for decoder in (plain, compiled):
             decoder.start(PROMPTS)
-            decoder._picked = lambda found: logits.append(found) or torch.full((2, 1), 5)
+            decoder._picked = lambda found, kept=logits: kept.append(found) or torch.full((2, 1), 5)
             decoder.advance(3)
         torch.testing.assert_close(torch.stack(logits[3:]), torch.stack(logits[:3]), rtol=0.05, atol=0.05)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1  # of two blocks
