@@ -27,7 +27,7 @@ from planish.log import peak_bytes, versions
 from planish.run import device_kind
 
 RUNS = 3
-LARGE = {"cuda": 2**30, "cpu": 2**27}  # bytes that are copied and summed
+LARGE = {"cuda": 2**31, "cpu": 2**27}  # bytes that are copied and summed
 
 
 @dataclass(frozen=True, kw_only=True)
