@@ -146,4 +146,4 @@ def test_a_step_is_one_graph_on_a_gpu(folder, dense, compiled):
             found = torch.cat([prompts, decoder.tokens[:, :21]], 1)
         assert decoder.captured
         expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=21, do_sample=False)
-        assert compiled or (found == expected).float().mean() > 0.9  # near ties may fall the other way
+        assert (found == expected)[:, :10].float().mean() >= 0.9  # near ties may fall the other way

@@ -55,3 +55,19 @@ def test_multiply_as_the_reference_does(dtype, rows):
 def test_torch_knows_the_op():
     records = Records.of(random_qtensor((37, 200), 3, 64, False))
     torch.library.opcheck(packed_dense, (torch.randn(20, 200), records.tiles, torch.randn(37), *records.layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_on_a_gpu_they_are_the_same_and_all_that_is_held(bits):
+    q = random_qtensor((112, 1100), bits, 64, False)
+    held = hold(Stream.of(q).to("cuda"), torch.float16)
+    assert isinstance(held, Records) and torch.equal(held.tiles.cpu(), Records.of(q).tiles)
+    assert held.qtensor().to("cpu").equal(q)
+    torch.cuda.synchronize()
+    for rows in (1, 16, 40):
+        x = torch.randn(rows, 1100, device="cuda").half()
+        exact = x.double() @ q.to("cuda").dequantize().double().T
+        error = (multiply(x, held.tiles, held.layout).double() - exact).norm() / exact.norm()
+        assert error < 2**-9
