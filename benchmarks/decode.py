@@ -206,7 +206,9 @@ def load_one(kind: str, folder: str) -> None:
     decoder.token.item()
     done = time.perf_counter()
     peak = torch.cuda.max_memory_allocated() if CUDA else 0
-    print(json.dumps({"load": loaded - start, "first token": done - start, "peak GB": peak / 1e9}))
+    again = seconds(lambda: decoder.start(torch.zeros(1, PROMPT, dtype=torch.int64, device=DEVICE)), DEVICE)
+    figures = {"load": loaded - start, "first token": done - start, "prompt again": again, "peak GB": peak / 1e9}
+    print(json.dumps(figures))
 
 
 def load_figures(shape: str, folder: Path | None) -> dict:

@@ -35,7 +35,7 @@ def test_a_kind_of_layer_is_one_line_with_its_kernel(packed):
     assert lines[-1].split()[-2:] == ["bfloat16", "dense"]
     for layer in packed_layers(packed).values():
         layer.to_records()
-    assert kinds(packed, 1)[0].endswith("cuda_gemv") and kinds(packed, 32)[0].endswith("dense, decoded")
+    assert kinds(packed, 1)[0].endswith("cuda_gemv") and kinds(packed, 32)[0].endswith("cuda_gemm")
 
 
 def test_what_a_step_reads(packed, tiny_llama):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from planish.bitstream import Stream
 from planish.kernels import gemv_layout
 from planish.kernels.pack import Packed
-from planish.kernels.records import Records, hold, multiply, packed_dense, reads
+from planish.kernels.records import Records, hold, multiply, reads
 
 GROUPS = [32, 64, 96, 128, 256, 512, None]
 
@@ -50,11 +50,6 @@ def test_multiply_as_the_reference_does(dtype, rows):
     records, x, bias = Records.of(q), torch.randn(1, rows, 200).to(dtype), torch.randn(37)
     y = multiply(x, records.tiles, records.layout, bias)
     assert y.dtype == dtype and torch.equal(y, functional.linear(x, q.dequantize(dtype), bias.to(dtype)))
-
-
-def test_torch_knows_the_op():
-    records = Records.of(random_qtensor((37, 200), 3, 64, False))
-    torch.library.opcheck(packed_dense, (torch.randn(20, 200), records.tiles, torch.randn(37), *records.layout))
 
 
 @pytest.mark.gpu

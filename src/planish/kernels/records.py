@@ -4,9 +4,9 @@
     records.qtensor()                the QTensor it was, exactly
     multiply(x, records)             by a decode kernel for few rows, by a product for many
 
-They are made of the bit stream that files hold, on the GPU, without unpacking a code: eight codes lie in `bits`
-bytes of the stream, and their even and odd ones in the two halves of a record's word. Fields are moved there by
-swapping neighbours, then pairs, then fours. Knows nothing of layers and files.
+They are made of the bit stream that files hold, on the GPU and, but for 3 bits, without unpacking a code: neighbours
+lie together in the stream, and in the two halves of a record's word. They are carried there together, and parted then
+by swapping fields, pairs of these, and fours. Knows nothing of layers and files.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from planish.bitstream import Stream
-from planish.kernels import cuda_gemv, gemv_layout
+from planish.kernels import cuda_gemm, cuda_gemv, gemv_layout
 from planish.kernels.gemv_layout import STEP, TILE, Layout
 from planish.kernels.pack import Packed
 from planish.qtensor import QTensor
 
-SLABS, LANES = 8, 4  # of a record's 256 inputs: 8 slabs of 4 lanes of 8 inputs
+LANES = 4  # that have each a pair of eight inputs
 SWAPS = ((2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00))  # that take even fields to a word's low half
 
 
@@ -82,30 +82,12 @@ def multiply(x: Tensor, tiles: Tensor, layout: Layout, bias: Tensor | None = Non
     """x [..., in] times the weight of records -> [..., out], in the dtype of x; no gradient."""
     rows = x.reshape(-1, layout.in_features)
     bias = None if bias is None else bias.to(x.dtype)
-    few = rows.shape[0] <= cuda_gemv.MAX_ROWS and x.dtype in cuda_gemv.DTYPES
-    product = cuda_gemv.packed_gemv if few and rows.shape[0] else packed_dense
-    return product(rows, tiles, bias, *layout).view(*x.shape[:-1], layout.out_features)
-
-
-@torch.library.custom_op("planish::packed_dense", mutates_args=())
-def packed_dense(
-    x: Tensor,
-    records: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    has_zero: bool,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    """y [rows, out] by a W_hat that is decoded for this call; of any rows and float dtype."""
-    q = gemv_layout.read_records(records, Layout(bits, group, has_zero, out_features, in_features))
-    return functional.linear(x, q.dequantize(x.dtype), bias)
-
-
-@packed_dense.register_fake
-def _(x: Tensor, records: Tensor, bias: Tensor | None, *layout) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], layout[3])
+    if x.dtype not in cuda_gemv.DTYPES:
+        y = functional.linear(rows, gemv_layout.read_records(tiles, layout).dequantize(x.dtype), bias)
+    else:
+        few = 0 < rows.shape[0] <= cuda_gemv.MAX_ROWS
+        y = (cuda_gemv.packed_gemv if few else cuda_gemm.packed_gemm)(rows, tiles, bias, *layout)
+    return y.view(*x.shape[:-1], layout.out_features)
 
 
 def layout_of(stream: Stream) -> Layout | None:
@@ -118,8 +100,14 @@ def write(stream: Stream, layout: Layout) -> Tensor:
     records = stream.codes.new_empty(layout.tiles, layout.steps, sum(layout.sizes), dtype=torch.uint8)
     codes, scales, zeros = records.split(layout.sizes, dim=2)
     # [tiles, steps, bits, 8, lanes, words, outputs] of [tiles, outputs, 8, steps, bits, words, lanes]
-    codes = codes.view(torch.int32).unflatten(2, (layout.bits, 8, LANES, 2, 2))
-    codes.copy_(_lane_words(stream, layout).permute(0, 3, 4, 2, 6, 5, 1))
+    if layout.bits == 3:
+        words = _three_bit_words(_octets(stream, layout).unflatten(4, (2, 16, 3)))
+        codes.view(torch.int32).unflatten(2, (3, 8, LANES, 2, 2)).copy_(words.permute(0, 3, 5, 2, 4, 6, 1))
+    else:
+        pairs = _pairs(_octets(stream, layout), layout.bits)
+        shape = layout.bits, 8, LANES, 2, 2, pairs.shape[6]
+        codes.view(pairs.dtype).unflatten(2, shape).copy_(pairs.permute(0, 3, 4, 2, 7, 5, 1, 6))
+        _part(codes.view(torch.int32), layout.bits)
     column = torch.arange(layout.steps * layout.groups, device=records.device) * layout.group // stream.group_size
     column.clamp_(max=stream.scale.shape[1] - 1)
     scale = gemv_layout._tiled(stream.scale[:, column], layout.groups).permute(0, 3, 2, 4, 1)
@@ -131,25 +119,26 @@ def write(stream: Stream, layout: Layout) -> Tensor:
     return records
 
 
-def _lane_words(stream: Stream, layout: Layout) -> Tensor:
-    """int32 [tiles, 2, 8, steps, bits, 2, lanes]: the words of each output and lane, in their order."""
-    bits, width = layout.bits, STEP // 8 * layout.bits * layout.steps
+def _octets(stream: Stream, layout: Layout) -> Tensor:
+    """uint8 [tiles, outputs, 8, steps, bytes of 256 inputs], padded with zeros."""
     octets = stream.codes.view(torch.uint8)
+    width = STEP // 8 * layout.bits * layout.steps
     octets = functional.pad(octets, (0, width - octets.shape[1], 0, -octets.shape[0] % TILE))
-    octets = octets.unflatten(0, (-1, 2, 8)).unflatten(3, (layout.steps, -1))
-    if bits == 3:
-        return _three_bit_words(octets.unflatten(4, (2, SLABS // 2, LANES, 3))).flatten(4, 5).unflatten(4, (3, 2))
-    if bits == 2:  # a word holds those of two slabs
-        pairs = octets.view(torch.int16).unflatten(4, (2, 2, 2, LANES)).to(torch.int32)
-        words = (pairs[..., 0, :] & 0xFFFF).bitwise_or_(pairs[..., 1, :] << 16)
-    elif bits == 4:
-        words = octets.view(torch.int32).unflatten(4, (4, 2, LANES)).clone()
-    else:
-        words = octets.view(torch.int32).unflatten(4, (SLABS, LANES, 2)).transpose(5, 6).contiguous()
-    return _halved(words, bits)
+    return octets.unflatten(0, (-1, 2, 8)).unflatten(3, (layout.steps, -1))
 
 
-def _halved(words: Tensor, bits: int) -> Tensor:
+def _pairs(octets: Tensor, bits: int) -> Tensor:
+    """[..., bits, 2, n, lanes]: what lies in a word of a lane, in n parts, neighbouring codes still together."""
+    if bits == 8:
+        return octets.view(torch.int16).unflatten(4, (bits, 2, 2, LANES))
+    if bits == 4:
+        return octets.unflatten(4, (bits, 2, 4, LANES))
+    # a byte holds pairs of two lanes
+    twos = octets.unflatten(4, (bits, 2, 2, 4, 2)).transpose(7, 8).contiguous().view(torch.int32).squeeze(-1)
+    return _part(twos, 4).view(torch.int16)
+
+
+def _part(words: Tensor, bits: int) -> Tensor:
     """int32 words of fields, changed in place: the even ones to the low half, the odd ones to the high half."""
     for shift, mask in SWAPS:
         if shift >= bits:
@@ -159,26 +148,20 @@ def _halved(words: Tensor, bits: int) -> Tensor:
 
 
 def _three_bit_words(octets: Tensor) -> Tensor:
-    """uint8 [..., 2, 4, lanes, 3] -> int32 [..., 2, 3, lanes]: of 16 pairs, five lie in each of three words, and the
-    last one's bits above them."""
+    """uint8 [..., 2, 16, 3] -> int32 [..., lanes, bits, 2]: of 16 pairs, five lie in each of three words, and the last
+    one's bits above them."""
     low, middle, high = octets.to(torch.int32).unbind(-1)
     eight = low.bitwise_or_(middle << 8).bitwise_or_(high << 16)
-    pairs = _even_threes(eight) | _even_threes(eight >> 3) << 16
-    first, second, third, fourth = pairs.unbind(-2)
-    words = [
-        first | (second & 0x70007) << 12,
-        (second >> 3 & 0x1FF01FF) | (third & 0x3F003F) << 9,
-        (third >> 6 & 0x3F003F) | (fourth & 0x1FF01FF) << 6,
-    ]
-    spare = fourth >> 9
-    return torch.stack([word | (spare >> bit & 0x10001) << 15 for bit, word in enumerate(words)], dim=-2)
-
-
-def _even_threes(eight: Tensor) -> Tensor:
-    """The even ones of eight codes of 3 bits, side by side."""
-    codes = eight & 0o07070707
-    codes = (codes | codes >> 3) & 0o00770077
-    return (codes | codes >> 6) & 0o7777
+    pairs = eight.unsqueeze(-3) >> torch.arange(0, 24, 6, device=octets.device, dtype=torch.int32).view(LANES, 1, 1)
+    pairs = (pairs & 7).bitwise_or_((pairs & 0o70) << 13)
+    spare, words = pairs[..., 15], []
+    for word in range(3):
+        fields = pairs[..., 5 * word : 5 * word + 5].unbind(-1)
+        joined = (spare >> word & 0x10001) << 15
+        for place, field in enumerate(fields):
+            joined.bitwise_or_(field << 3 * place)
+        words.append(joined)
+    return torch.stack(words, dim=-1).flatten(-2).unflatten(-1, (3, 2))
 
 
 def _qtensor(weight: Packed | QTensor) -> QTensor:
