@@ -162,8 +162,9 @@ def clocks(layout: Layout, rows: int, card: Card, settings: Settings) -> float:
     blocks, columns, split, _ = settings
     multiplies = 16 * blocks * columns
     decodes = 900 * blocks
-    reads = (512 * columns + 8 * blocks * sum(layout.sizes)) / 28
-    clusters = card.processors // split if split < 4 else card.processors // 16 * 16 // split
+    reads = 700 + (512 * columns + 8 * blocks * sum(layout.sizes)) / 38
+    # larger clusters find room less often than there is: one of 4 or 8 in three was late on an H100
+    clusters = card.processors // split if split < 4 else card.processors // 16 * 12 // split
     waves = -(-_pieces(layout, rows, settings) // clusters)
     ends = 2500 + 8 * blocks * columns + (1500 + 12 * blocks * columns if split > 1 else 0)
     return waves * (max(multiplies, decodes, reads) * -(-layout.steps // split) + ends)
