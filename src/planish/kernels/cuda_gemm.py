@@ -4,8 +4,8 @@
 
 So a GPU holds a weight once, for decoding and for prefill. On a Hopper GPU the product is a kernel in CUDA C++
 (cuda_gemm.cu and cuda_hopper.cu, which say how it works); elsewhere, and where a table says so, W_hat is decoded by
-another (`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run time.
-Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
+another (`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run
+time. Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
 """
 
 import ctypes

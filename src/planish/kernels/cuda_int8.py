@@ -2,7 +2,8 @@
 
 One kernel rounds tokens and writes their codes in the order that the other's tensor cores want (cuda_tokens.cu), the
 other multiplies and scales (cuda_int8.cu, cuda_hopper.cu; they say how). The weight lies as records (gemv_layout.py) of
-4 or 8 bits, without zeros. How work is cut is a rule, or a table; nothing is timed at run time. Knows nothing of layers.
+4 or 8 bits, without zeros. How work is cut is a rule, or a table; nothing is timed at run time. Knows nothing of
+layers.
 """
 
 import ctypes
@@ -65,7 +66,7 @@ def round_tokens(x: Tensor, weight_bits: int, token_bits: int, symmetric: bool) 
     lines = torch.empty(rows, 4, dtype=torch.int32, device=x.device)
     threads, eights = _threads(width)
     kernel = _tokens(x.device.index or 0, weight_bits, x.dtype == torch.bfloat16, threads, eights)
-    given = [x, codes, lines, width, codes.shape[1], token_bits, int(symmetric)]
+    given = (x, codes, lines, width, codes.shape[1], token_bits, int(symmetric))
     nvrtc.launch(kernel, (rows, 1), threads, 3 * threads // 32 * 4, given, True)
     return codes, lines
 
