@@ -44,9 +44,27 @@ def matmul(x: Tensor, weight: Packed, bias: Tensor | None, cache: dict[str, Tens
     assert group is not None
     if not cache:
         cache["int4"], cache["grid"] = _prepare(weight, group)
-    flat = x.reshape(-1, weight.in_features).contiguous()
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, cache["int4"], group, cache["grid"])
-    y = y.view(*x.shape[:-1], weight.out_features)
+    return _multiply(x, bias, cache, weight.in_features)
+
+
+def again(x: Tensor, bias: Tensor | None, cache: dict[str, Tensor], in_features: int) -> Tensor | None:
+    """The product of a layer that `matmul` has prepared, or None where another kernel may be asked for.
+
+    What `supports` says of the weight holds still; a token goes through hundreds of layers, so that asking it anew
+    costs more than the products of a small model.
+    """
+    plain = x.dtype == torch.bfloat16 and not x.is_cuda and not torch.compiler.is_compiling()
+    few = 0 < x.numel() <= MAX_ROWS * in_features
+    if not plain or not few or "int4" not in cache or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return _multiply(x, bias, cache, in_features)
+
+
+def _multiply(x: Tensor, bias: Tensor | None, cache: dict[str, Tensor], in_features: int) -> Tensor:
+    grid = cache["grid"]
+    flat = x.reshape(-1, in_features).contiguous()
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, cache["int4"], in_features // grid.shape[0], grid)
+    y = y.view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)
 
 
