@@ -10,16 +10,25 @@ class QLinear(nn.Module):
     """y = x W_hat^T + b.
 
     Args:
-        linear: the layer it stands for; its weight and bias are shared and frozen.
-        quantizer: gives W_hat from the weight.
+        linear: the layer it stands for, frozen; where a transform moves its weight, that is quantized as it is
+            moved.
+        quantizer: gives W_hat from the weight; None if the weight is W_hat already.
     """
 
-    def __init__(self, linear: nn.Linear, quantizer: Quantizer) -> None:
+    def __init__(self, linear: nn.Linear, quantizer: Quantizer | None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
+        self.linear = linear.requires_grad_(False)
         self.quantizer = quantizer
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.quantizer(self.weight), self.bias)
+        weight = self.weight if self.quantizer is None else self.quantizer(self.weight)
+        return functional.linear(x, weight, self.bias)
