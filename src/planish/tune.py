@@ -331,5 +331,6 @@ def _assembled(run: Run, layers: dict[str, Packed], trained: dict[str, Tensor], 
     found = ((name, weight.to(run.device)) for name, weight in layers.items())
     model = assemble(run.source, found, run.device, dtype)
     for name, tensor in trained.items():
-        model.get_parameter(name).data.copy_(tensor)
+        owner, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(owner), leaf).data.copy_(tensor)  # a packed layer's bias is a buffer
     return model

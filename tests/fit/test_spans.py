@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from planish.errors import PlanishError
 from planish.fit import spans
 from planish.fit.reconstruct import Outcome, Reconstruct
-from planish.fit.spans import Job, Stage, input_moments, run_stage, trial
+from planish.fit.seen import input_moments
+from planish.fit.spans import Job, Stage, run_stage, trial
 from planish.log import Event
 from planish.qtensor import QTensor
 from planish.quant import MinMax, Offset, QLinear, TunedMinMax

@@ -1,9 +1,10 @@
 """The range slot gives the grid of each group: a scale s (signed, as it will be stored) and a zero point z.
 
 `MinMax` spans each group's own ends, `Searched` the ends that lose least, `TunedMinMax` learns factors on
-either, `Clip` factors on the ends of a weight that moves, `Learned` trains s and z themselves. A symmetric grid is full-range: levels run from -2^(b-1) to
-2^(b-1) - 1, and the sign of the scale puts the extra level on the larger tail. A slot is a module built from
-(groups [out, G, g], scheme, importance) whose forward maps groups to a Grid.
+either, `Clip` factors on the ends of a weight that may move, `Learned` trains s and z themselves. A symmetric
+grid is full-range: levels run from -2^(b-1) to 2^(b-1) - 1, and the sign of the scale puts the extra level on the
+larger tail. A slot is a module built from (groups [out, G, g], scheme, importance) whose forward maps groups to a
+Grid.
 
 Legend: groups [out, G, g]; grids [out, G, 1], fp32.
 """

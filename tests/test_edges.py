@@ -1,0 +1,114 @@
+"""Edges of blocks of many families: found without naming one, and law 4 holds for what is done with them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from planish.arch import discover
+from planish.edges import find_edges
+from planish.errors import PlanishError
+from planish.stream import record
+from planish.transform import Smooth
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64}
+GEMMA = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+EVERY = ["norm", "norm", "query", "value"]
+# family -> settings, and the kinds of edges that its blocks have
+FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "llama": ({}, EVERY),
+    "mistral": ({}, EVERY),
+    "qwen2": ({}, EVERY),
+    "qwen3": ({"head_dim": 16}, EVERY),
+    "gemma3_text": (GEMMA, EVERY),
+    "phi3": ({}, EVERY),
+    "opt": (OPT, EVERY),
+    "falcon": ({"alibi": False}, ["norm", "query", "value"]),
+    "gpt_neox": ({"rotary_pct": 0.5}, ["norm", "norm", "value"]),
+}
+IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(family: str, **settings: Any) -> Any:
+    """A tiny random model, norms and biases too."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, ({}, []))[0], **settings})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model.eval().requires_grad_(False)
+
+
+def run(block: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def edges_of(model: Any, index: int = 0) -> tuple[nn.Module, list]:
+    arch = discover(model)
+    blocks = model.get_submodule(arch.blocks)
+    hidden, arguments = record(model.get_submodule(arch.decoder), blocks, IDS[:1], every_block=True)
+    return blocks[index], find_edges(blocks[index], hidden, arguments[index], run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges_are_discovered(family: str) -> None:
+    for index in range(2):
+        _, edges = edges_of(tiny(family), index)
+        assert sorted(edge.kind for edge in edges) == FAMILIES[family][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_law_4_smoothing_preserves_the_model(family: str) -> None:
+    model = tiny(family).double()
+    start = model(IDS, use_cache=False).logits
+    extremes = {
+        name: (-torch.rand(part.in_features), 3 * torch.rand(part.in_features))
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    arch = discover(model)
+    for index in range(arch.num_blocks):
+        block, edges = edges_of(model, index)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        smoothed = Smooth(always=True).attach(arch.block(index), block, edges, extremes)
+        with torch.no_grad():
+            for parameter in smoothed.parameters:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        seen = model(IDS, use_cache=False).logits
+        folded = smoothed.fold()
+        assert any(name.endswith("norm.weight") or "layernorm" in name for name in folded)
+        assert torch.equal(model(IDS, use_cache=False).logits, seen), "folded as it was seen"
+        # norms compute in fp32 inside
+        torch.testing.assert_close(seen, start, rtol=1e-5, atol=1e-5 * float(start.abs().max()))
+        assert all(bool((value != before[name]).any()) for name, value in folded.items() if name.endswith("weight"))
+
+
+def test_grouped_queries_share_and_rope_ties_pairs() -> None:
+    _, edges = edges_of(tiny("llama"))
+    sizes = {edge.kind: edge.size for edge in edges if edge.kind != "norm"}
+    assert sizes == {"value": 32, "query": 16}
+    _, edges = edges_of(tiny("qwen3"))
+    (query,) = (edge for edge in edges if edge.kind == "query")
+    assert query.size == 8 and {move.module for move in query.moves} == {"self_attn.q_norm", "self_attn.k_norm"}
+    _, edges = edges_of(tiny("opt"))
+    assert all(edge.shifts for edge in edges if edge.kind != "query") and {64} == {edge.size for edge in edges}
+
+
+def test_without_edges_the_block_is_named() -> None:
+    model = tiny("llama")
+    block, edges = edges_of(model)
+    with pytest.raises(PlanishError, match="model.layers.0: no norm is found that feeds linears only"):
+        Smooth().attach("model.layers.0", block, [], {})
+    assert Smooth(strict=False).attach("model.layers.0", block, [], {}).parameters == []
+    with pytest.raises(PlanishError, match="no edge 'nrom': did you mean 'norm'"):
+        Smooth(sites=("nrom",))
+    with pytest.raises(PlanishError, match="alpha=2 isn't a share"):
+        Smooth(alpha=2)
