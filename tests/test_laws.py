@@ -45,7 +45,7 @@ RANGES: dict[str, Callable[..., nn.Module]] = {
 ROUNDINGS = {"nearest": Nearest, "offset": Offset}
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
-    for bits, group, symmetric in itertools.product([2, 3, 4, 8], [32, 64, 128, None], [True, False])
+    for bits, group, symmetric in itertools.product([2, 3, 4, 6, 8], [32, 64, 128, None], [True, False])
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # one that all groups divide, and a ragged one
@@ -143,7 +143,7 @@ WHOLE = [name for name in RECIPES if build(name).whole]
 
 
 def test_every_recipe_is_here() -> None:
-    assert {*FITTED, *WHOLE, "rtn"} == RECIPES.keys()
+    assert {*FITTED, *WHOLE, "rtn", "smoothquant"} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("recipe", FITTED)

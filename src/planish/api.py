@@ -246,7 +246,7 @@ def load(
     if folder is None:
         source = open_source(path, revision=revision)
         return assemble(source, (), where, dtype or source.dtype)
-    model = assemble(folder.source, folder.packed(where), where, dtype or folder.source.dtype)
+    model = assemble(folder.source, folder.packed(where), where, dtype or folder.source.dtype, folder.schemes)
     return attach(model, folder.source.quantization_config)
 
 

@@ -151,9 +151,17 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
 
 
 def assemble(
-    source: Source, layers: Iterable[tuple[str, Packed]], device: torch.device, dtype: torch.dtype
+    source: Source,
+    layers: Iterable[tuple[str, Packed]],
+    device: torch.device,
+    dtype: torch.dtype,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> PreTrainedModel:
-    """The source's model with the given layers, on the device already, and all else in `dtype`."""
+    """The source's model with the given layers, on the device already, and all else in `dtype`.
+
+    Args:
+        schemes: of the layers; they say how activations are rounded.
+    """
     model = source.skeleton()
     arch = discover(model, PackedLinear)
     for name, quantized in layers:
@@ -164,7 +172,9 @@ def assemble(
         assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(quantized, None if bias is None else bias.to(dtype)))
+        activations = schemes[name].activations if schemes and name in schemes else None
+        packed = PackedLinear(quantized, None if bias is None else bias.to(dtype), activations)
+        setattr(model.get_submodule(parent), leaf, packed)
     source.load(model, "", device, dtype)
     model.tie_weights()
     for config in (model.config, model.config.get_text_config()):

@@ -205,7 +205,8 @@ class PlanishQuantizer(HfQuantizer):
                     model.set_submodule(self.arch.head, self.head)
                 put_table(model, self.arch, weight, stored.dtype)
             else:
-                layer = PackedLinear(weight, None if stored.bias is None else stored.bias.to(stored.dtype))
+                bias = None if stored.bias is None else stored.bias.to(stored.dtype)
+                layer = PackedLinear(weight, bias, stored.scheme.activations)
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(model)
 

@@ -198,7 +198,7 @@ def _edges(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Lin
     smooth, stream = job.stage.smooth, job.stream
     if smooth is None or stream is None or job.device.type == "meta":  # without numbers nothing can be found
         return {}
-    wanted = {name for name in linears if smooth.always}
+    wanted = {name for name in linears if smooth.always or job.schemes[name].activations}
     return {
         index: find_edges(block, stream.fp[:1].to(job.device), stream.arguments[index], run_block)
         for index, block in span.items()
@@ -261,7 +261,7 @@ def _attach(
             rounding_slot=job.stage.rounding,
             importance=_behind(importance.pop(name, None), factors),
         )
-        layers[name] = QLinear(linear, quantizer)
+        layers[name] = QLinear(linear, quantizer, job.schemes[name].activations)
         _replace(job, span, name, layers[name])
     return layers
 

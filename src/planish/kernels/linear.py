@@ -19,7 +19,8 @@ from planish.errors import PlanishError, nearest
 from planish.kernels import choose, train
 from planish.kernels.pack import Packed
 from planish.qtensor import PARTS, QTensor, store
-from planish.scheme import Scheme
+from planish.quant.activation import fake_quantize_tokens
+from planish.scheme import Activations, Scheme
 
 SLOTS = ("scale", "zero")
 
@@ -33,6 +34,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: what to multiply by, [out, in].
         bias: float [out], or None.
+        activations: how inputs are rounded, token by token; None leaves them.
     """
 
     codes: Tensor
@@ -42,8 +44,11 @@ class PackedLinear(nn.Module):
     order: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Packed, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Packed, bias: Tensor | None = None, activations: Activations | None = None
+    ) -> None:
         super().__init__()
+        self.activations = activations
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
         for name in PARTS:
@@ -52,15 +57,18 @@ class PackedLinear(nn.Module):
         self._cache: dict[str, Tensor] = {}
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedLinear":
+    def from_qtensor(
+        cls, q: QTensor, bias: Tensor | None, dtype: torch.dtype, activations: Activations | None = None
+    ) -> "PackedLinear":
         """Pack a QTensor.
 
         Args:
             q: the weight; its scale, zero, offset and order are held as they are, not copied.
             bias: float [out], or None.
             dtype: what the bias is held in; activations may come in any float dtype.
+            activations: how those are rounded.
         """
-        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype))
+        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype), activations)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -106,7 +114,12 @@ class PackedLinear(nn.Module):
     def scheme(self) -> Scheme:
         """How it is stored, as of `QTensor.scheme`; nothing is unpacked."""
         whole = self.group_size == self.in_features
-        return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.zero is None)
+        return Scheme(
+            bits=self.bits,
+            group_size=None if whole else self.group_size,
+            symmetric=self.zero is None,
+            activations=self.activations,
+        )
 
     @property
     def packed(self) -> Packed:
@@ -138,6 +151,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
+        if self.activations is not None:
+            x = fake_quantize_tokens(x, self.activations)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         weight = self._weight(self.scale, self.zero)

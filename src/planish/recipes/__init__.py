@@ -19,9 +19,12 @@ from planish.recipes.rtn import PRESETS as RTN_PRESETS
 from planish.recipes.rtn import rtn
 from planish.recipes.signround import PRESETS as SIGNROUND_PRESETS
 from planish.recipes.signround import signround
+from planish.recipes.smoothquant import PRESETS as SMOOTHQUANT_PRESETS
+from planish.recipes.smoothquant import smoothquant
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn,
+    "smoothquant": smoothquant,
     "signround": signround,
     "omniquant": omniquant,
     "block_ap": block_ap,
@@ -30,6 +33,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "rtn": RTN_PRESETS,
+    "smoothquant": SMOOTHQUANT_PRESETS,
     "signround": SIGNROUND_PRESETS,
     "omniquant": OMNIQUANT_PRESETS,
     "block_ap": BLOCK_AP_PRESETS,

@@ -1,5 +1,10 @@
-"""Edges of blocks of many families: found without naming one, and law 4 holds for what is done with them."""
+"""Families of models, tiny and random: their edges are found without naming one, and the laws hold for each.
 
+Law 4: a transform preserves the model. Laws 1, 2 and 5: what OmniQuant fits is what is written, loaded and run, and
+no fit is worse than where it started.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import planish
 from planish.arch import discover
 from planish.edges import find_edges
 from planish.errors import PlanishError
+from planish.log import Event
 from planish.stream import record
 from planish.transform import Smooth
 
@@ -112,3 +119,27 @@ def test_without_edges_the_block_is_named() -> None:
         Smooth(sites=("nrom",))
     with pytest.raises(PlanishError, match="alpha=2 isn't a share"):
         Smooth(alpha=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", ["w3g32", "w4a4asym"])
+def test_laws_1_2_and_5_hold_for_the_family(tmp_path: Path, family: str, scheme: str) -> None:
+    model, events = tiny(family), list[Event]()
+    ids = torch.randint(1, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"data": ids, "samples": 12, "seqlen": 16, "device": "cpu", "steps": 12, "holdout": 3}
+    asked |= {"let": True, "span": 1}
+    made = planish.quantize(model, "omniquant", scheme, progress=events.append, **asked)
+    fitted = [(event.before, event.after) for event in events if event.before is not None]
+    assert len(fitted) == 2 and all(after <= before for before, after in fitted if after is not None)
+    planish.save(made, tmp_path / "saved")
+    planish.quantize_to(model, tmp_path / "written", "omniquant", scheme, **asked)
+    wanted = made(IDS, use_cache=False).logits
+    for folder in ("saved", "written"):
+        loaded: Any = planish.load(tmp_path / folder, device="cpu")
+        assert torch.equal(loaded(IDS, use_cache=False).logits, wanted)
+    # what the fit measured is what the model computes: hidden states of the last block would be nearer, logits do
+    start = planish.quantize(model, "rtn", scheme, device="cpu")(IDS, use_cache=False).logits
+    truth = model(IDS, use_cache=False).logits
+    assert (wanted - truth).square().mean() < (start - truth).square().mean()
+    generated = [m.generate(IDS[:1], max_new_tokens=4, do_sample=False) for m in (made, loaded)]
+    assert torch.equal(*generated)
