@@ -17,8 +17,10 @@ from planish.arch import discover
 from planish.edges import find_edges
 from planish.errors import PlanishError
 from planish.log import Event
+from planish.quant.hadamard import turn
+from planish.source import open_source
 from planish.stream import record
-from planish.transform import Smooth
+from planish.transform import Rotate, Smooth
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -143,3 +145,64 @@ def test_laws_1_2_and_5_hold_for_the_family(tmp_path: Path, family: str, scheme:
     assert (wanted - truth).square().mean() < (start - truth).square().mean()
     generated = [m.generate(IDS[:1], max_new_tokens=4, do_sample=False) for m in (made, loaded)]
     assert torch.equal(*generated)
+
+
+TURN = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_law_4_rotation_preserves_the_model_or_is_refused(family: str, tied: bool) -> None:
+    model = tiny(family, tie_word_embeddings=tied)
+    if family not in TURN:
+        with pytest.raises(PlanishError, match="can't be rotated|and one is needed to rotate"):
+            Rotate().of(open_source(model))
+        return
+    source = Rotate().of(open_source(model.double()))
+    turned = source.skeleton()
+    source.load(turned, "", "cpu", torch.float64)
+    wanted = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(turned(IDS).logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    arch = discover(model)
+    before, after = (m.get_parameter(f"{arch.embedding}.weight") for m in (model, turned))
+    assert not torch.equal(before, after) and ("no longer tied" in source.note) == tied
+
+
+def test_rotation_goes_before_any_recipe(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    ids = torch.randint(1, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"data": ids, "samples": 12, "seqlen": 16, "device": "cpu", "steps": 8}
+    made = planish.quantize(model, "rotate+omniquant", "w4a4", rotation_seed=3, **asked)
+    planish.quantize_to(model, tmp_path / "out", "rotate+omniquant", "w4a4", rotation_seed=3, **asked)
+    loaded: Any = planish.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded(IDS).logits, made(IDS).logits) and not loaded.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(PlanishError, match="rounds nothing; let another follow it, as rotate[+]rtn"):
+        planish.quantize(model, "rotate", "w4a4", device="cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 12, 28, 72, 576, 896, 1536, 5120, 43 * 8])
+def test_turning_is_orthogonal(size: int) -> None:
+    eye = torch.eye(size, dtype=torch.float64)
+    matrix = turn(eye)
+    torch.testing.assert_close(matrix @ matrix.T, eye, rtol=0, atol=1e-9)
+    if size != 43 * 8:  # no core is known: blocks of 8 are turned
+        assert float(matrix.abs().max() - matrix.abs().min()) < 1e-9
+
+
+def test_inputs_are_turned_where_that_loses_less(tmp_path: Path) -> None:
+    model = tiny("llama")
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    with torch.no_grad():
+        model.get_submodule(names[0].replace("down", "up")).weight[5] *= 60  # an outlier
+    ids = torch.randint(1, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"data": ids, "samples": 12, "seqlen": 16, "device": "cpu"}
+    asked["layers"] = ["down_proj=w4a4h"]
+    planish.quantize_to(model, tmp_path / "out", "rtn", "w4a4", search=True, **asked)
+    loaded: Any = planish.load(tmp_path / "out", device="cpu")
+    assert loaded.get_submodule(names[0]).activations.turned
+    made = planish.quantize(model, "rtn", "w4a4", search=True, **asked)
+    assert torch.equal(made(IDS).logits, loaded(IDS).logits)
+    truth = model(IDS).logits
+    plain = planish.quantize(model, "rtn", "w4a4", search=True, **{**asked, "layers": ()})
+    assert (made(IDS).logits - truth).square().mean() < (plain(IDS).logits - truth).square().mean()

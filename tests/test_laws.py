@@ -143,7 +143,7 @@ WHOLE = [name for name in RECIPES if build(name).whole]
 
 
 def test_every_recipe_is_here() -> None:
-    assert {*FITTED, *WHOLE, "rtn", "smoothquant"} == RECIPES.keys()
+    assert {*FITTED, *WHOLE, "rtn", "smoothquant", "rotate"} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("recipe", FITTED)

@@ -15,6 +15,7 @@ Knows nothing of what s is good for, nor of quantizers.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,12 +75,14 @@ class Edge:
 
     Args:
         kind: NORM, VALUE or QUERY.
+        width: channels of a head, of a VALUE edge.
         takes: linears whose columns are moved. shifts: whether both sides have a bias to hold a shift.
     """
 
     kind: str
     size: int
     moves: tuple[Move, ...]
+    width: int = 0
     takes: dict[str, Tensor] = field(default_factory=dict)
     shifts: bool = False
 
@@ -203,7 +206,8 @@ def _value_edges(dyes: _Dyes, gives: tuple[str, Tensor]) -> Iterator[Sequence[Ed
     for taker, values in dyes.arrived.items():
         found = dyes.read(values)
         if found and found[0] == name and isinstance(dyes.modules[taker], nn.Linear):
-            yield [_towards_columns(VALUE, dyes.modules, {name: at}, {taker: at[found[1].cpu()]}, len(rows))]
+            edge = _towards_columns(VALUE, dyes.modules, {name: at}, {taker: at[found[1].cpu()]}, len(rows))
+            yield [dataclasses.replace(edge, width=gives[1].shape[-1])]
 
 
 def _towards_columns(
@@ -213,7 +217,7 @@ def _towards_columns(
     shifts = all(getattr(modules[name], "bias", None) is not None for name in (*gives, *takes))
     moves = []
     for name, index in gives.items():
-        moves.append(Move(module=name, leaf="weight", how="down", index=index, unit=_unit(modules[name])))
+        moves.append(Move(module=name, leaf="weight", how="down", index=index, unit=unit_of(modules[name])))
         if getattr(modules[name], "bias", None) is not None:
             moves.append(Move(module=name, leaf="bias", how="down", index=index))
     for name, index in takes.items():
@@ -253,13 +257,13 @@ def _query_edge(
         index[rows.flatten()] = entry.flatten()
         if not torch.equal(index[rows], entry):
             return None
-        moves.append(Move(module=name, leaf="weight", how=how, index=index, unit=_unit(module)))
+        moves.append(Move(module=name, leaf="weight", how=how, index=index, unit=unit_of(module)))
         if getattr(module, "bias", None) is not None:
             moves.append(Move(module=name, leaf="bias", how=how, index=index))
     return Edge(kind=QUERY, size=len(entries), moves=tuple(moves))
 
 
-def _unit(module: nn.Module) -> float:
+def unit_of(module: nn.Module) -> float:
     """1 if a norm multiplies by 1 + its weight: with a weight of -1 it then gives nothing."""
     if not is_norm(module):
         return 0.0

@@ -9,6 +9,7 @@ A scheme is written as the field writes it:
     W4A16, W4A16_ASYM, w3a16g64: the same, activations left in 16 bits
     w4a4       activations of 4 bits too, each token by its own range; weights by output channel
     w8a8s, w4g128a8, w4a4kv4: activations symmetric; groups of 128; query, key and value in 4 bits too
+    w4a4h      inputs turned by a Hadamard matrix first, where that loses less
 
 This file knows nothing of models or methods.
 """
@@ -23,7 +24,7 @@ BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 DEFAULT_GROUP = 128
 
-_ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?)?(?:kv(?P<kv>\d+))?"
+_ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?(?P<turned>h)?)?(?:kv(?P<kv>\d+))?"
 _GROUP = r"(?:g(?P<group{0}>\d+)|(?P<pc{0}>pc))?"
 _PATTERN = re.compile(
     rf"w(?P<bits>\d+){_GROUP.format(1)}{_ACTIVATIONS}{_GROUP.format(2)}_?(?P<sym>asym|sym)?"
@@ -36,12 +37,13 @@ class Activations:
 
     Args:
         bits: of its inputs, 4 to 8, or 16 to leave them.
-        symmetric: without a zero point.
+        symmetric: without a zero point. turned: multiplied by a Hadamard matrix before they are rounded.
         kv_bits: of query, key and value in its block, each head of a token by its own range; 16 to leave them.
     """
 
     bits: int = 16
     symmetric: bool = False
+    turned: bool = False
     kv_bits: int = 16
 
     def __post_init__(self) -> None:
@@ -50,8 +52,9 @@ class Activations:
                 raise PlanishError(f"{what} of {bits} bits aren't supported; use 4 to 8, or 16")
 
     def __str__(self) -> str:
-        inputs = "" if self.bits == 16 and self.kv_bits < 16 else f"a{self.bits}{'s' * self.symmetric}"
-        return inputs + (f"kv{self.kv_bits}" if self.kv_bits < 16 else "")
+        inputs = f"a{self.bits}{'s' * self.symmetric}{'h' * self.turned}"
+        heads = f"kv{self.kv_bits}" if self.kv_bits < 16 else ""
+        return heads if heads and self.bits == 16 else inputs + heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,12 @@ class Scheme:
         rounded = int(match["act"] or 16) < 16
         activations = None
         if rounded or int(match["kv"] or 16) < 16:
-            kv_bits = int(match["kv"] or 16)
-            activations = Activations(bits=int(match["act"] or 16), symmetric=bool(match["even"]), kv_bits=kv_bits)
+            activations = Activations(
+                bits=int(match["act"] or 16),
+                symmetric=bool(match["even"]),
+                turned=bool(match["turned"]),
+                kv_bits=int(match["kv"] or 16),
+            )
         group = None if whole or (rounded and not size) else int(size or DEFAULT_GROUP)
         return cls(
             bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym", activations=activations

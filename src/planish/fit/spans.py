@@ -7,7 +7,7 @@ Nothing reaches back, so that a block's memory is all that is needed besides the
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -20,6 +20,7 @@ from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, TRANSFORM, Outcome, Reconstruct, reconstruct
 from planish.fit.seen import Extent, Seen, input_moments
 from planish.fit.step import WARM_UP
+from planish.fit.turned import Inputs, asked, choose
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
 from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
@@ -78,6 +79,7 @@ class Job:
 
     Args:
         sink: takes each linear's codes.
+        schemes: of each linear; those that ask for turned inputs are changed where it doesn't pay.
         keep: takes other tensors of the blocks that were trained, by full name.
         first: block to begin with; those before it are finished, and the streams stand behind them.
         finished: told after each span how many blocks are finished, and how its fit went.
@@ -86,7 +88,7 @@ class Job:
 
     stage: Stage
     blocks: Blocks
-    schemes: Mapping[str, Scheme]
+    schemes: MutableMapping[str, Scheme]
     stream: BlockStream | None
     sink: Sink
     device: torch.device
@@ -163,8 +165,14 @@ def trial(job: Job) -> Job:
 def _one_span(job: Job, indices: range) -> Outcome | None:
     span, linears = _load(job, indices)
     edges = _edges(job, span, linears)
-    seen, target = _float_pass(job, span, linears, {job.blocks.names[index]: span[index] for index in edges})
-    smoothed = _smooth(job, span, edges, seen)
+    turnable = asked(job.schemes, linears)
+    with Inputs(turnable) as inputs:
+        seen, target = _float_pass(job, span, linears, {job.blocks.names[index]: span[index] for index in edges})
+    choose(job.schemes, turnable, inputs.found)
+    turned = asked(job.schemes, linears)
+    for name in turned:
+        seen.importance.pop(name, None)  # of other channels
+    smoothed = _smooth(job, span, edges, seen, turned)
     layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
     outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
@@ -207,10 +215,15 @@ def _edges(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Lin
 
 
 def _smooth(
-    job: Job, span: Mapping[int, nn.Module], edges: Mapping[int, Sequence[Edge]], seen: Seen
+    job: Job, span: Mapping[int, nn.Module], edges: Mapping[int, Sequence[Edge]], seen: Seen, turned: Collection[str]
 ) -> list[Smoothed]:
-    smooth, names = job.stage.smooth, job.blocks.names
-    return [smooth.attach(names[i], span[i], edges[i], seen.extremes) for i in edges] if smooth else []
+    """Every block's parameters seen moved, but for what takes turned inputs, whose channels are mixed."""
+    smooth, smoothed = job.stage.smooth, []
+    for index in edges if smooth else ():
+        name = job.blocks.names[index]
+        chosen = [edge for edge in edges[index] if not any(f"{name}.{taker}" in turned for taker in edge.takes)]
+        smoothed.append(smooth.attach(name, span[index], chosen, seen.extremes))  # type: ignore[union-attr]
+    return smoothed
 
 
 def _trained(smoothed: Sequence[Smoothed]) -> list[Tensor]:

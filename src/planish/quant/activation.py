@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from planish.qtensor import encode, fake_quantize, midpoint
+from planish.quant.hadamard import turn
 from planish.scheme import Activations
 
 SMALLEST = 1e-12  # of a scale: a token of zeros has one too
@@ -62,11 +63,13 @@ def fake_quantize_tokens(x: Tensor, how: Activations) -> Tensor:
     """x_hat in the dtype of x, with straight-through gradients; x itself where activations stay in 16 bits."""
     if how.bits == 16 or not x.numel():
         return x
+    x = turn(x) if how.turned else x
     rows, scale, zero = token_ranges(x, how)
     return fake_quantize(rows, None, scale, zero, how.bits, x.dtype).view(x.shape)
 
 
 def quantize_tokens(x: Tensor, how: Activations) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [tokens, n], s and z fp32 [tokens, 1]: what `fake_quantize_tokens` stands for."""
+    x = turn(x) if how.turned else x
     rows, scale, zero = token_ranges(x, how)
     return encode(rows, scale, zero, how.bits).squeeze(1).to(torch.uint8), scale.squeeze(1), zero.squeeze(1)

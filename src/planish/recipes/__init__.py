@@ -15,6 +15,8 @@ from planish.recipes.efficientqat import efficientqat
 from planish.recipes.omniquant import PRESETS as OMNIQUANT_PRESETS
 from planish.recipes.omniquant import omniquant
 from planish.recipes.recipe import Recipe, build, describe, split_preset
+from planish.recipes.rotate import PRESETS as ROTATE_PRESETS
+from planish.recipes.rotate import rotate
 from planish.recipes.rtn import PRESETS as RTN_PRESETS
 from planish.recipes.rtn import rtn
 from planish.recipes.signround import PRESETS as SIGNROUND_PRESETS
@@ -24,6 +26,7 @@ from planish.recipes.smoothquant import smoothquant
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn,
+    "rotate": rotate,
     "smoothquant": smoothquant,
     "signround": signround,
     "omniquant": omniquant,
@@ -33,6 +36,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "rtn": RTN_PRESETS,
+    "rotate": ROTATE_PRESETS,
     "smoothquant": SMOOTHQUANT_PRESETS,
     "signround": SIGNROUND_PRESETS,
     "omniquant": OMNIQUANT_PRESETS,
