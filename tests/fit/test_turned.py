@@ -27,5 +27,6 @@ def test_each_linear_is_measured_both_ways() -> None:
     before = linears["outlier"].weight.clone()
     choose(schemes, linears, inputs.found)
     assert asked(schemes, linears).keys() == {"outlier", "unseen"}
-    assert torch.equal(linears["outlier"].weight, turn(before)) and torch.equal(linears["on the grid"].weight, levels - 8)
+    assert torch.equal(linears["outlier"].weight, turn(before))
+    assert torch.equal(linears["on the grid"].weight, levels - 8)
     assert str(schemes["on the grid"]) == "w4pca4"
