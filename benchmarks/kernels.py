@@ -1,12 +1,13 @@
-"""Kernels of decoding side by side: ours, cuBLAS on 16-bit weights, torch's int4, gemlite, Humming.
+"""Kernels of packed weights side by side: ours, cuBLAS on 16-bit weights, torch's int4, gemlite, Humming.
 
     python benchmarks/kernels.py OUT.json [--peers ours,cublas] [--rows 1,8] [--seconds 540]
     python benchmarks/kernels.py OUT.json --tune [--seconds 540]
 
 A figure is the time of one product within a CUDA graph that holds one product for each of several copies of the
 weight, together larger than four L2 caches, so that weights come from memory; the median of some replays. `share` is
-the byte limit over that time: codes, 16 bits of scale and a packed zero for each group, read at 3.0 TB/s. `error` is
-the relative error of the result against fp32. A peer that isn't installed, or can't do a case, is reported as such.
+the limit over that time, by bytes or by arithmetic: codes, 16 bits of scale and a packed zero for each group, read at
+3.0 TB/s, or 750 TFLOP/s. `error` is the relative error of the result against fp32. A peer that isn't installed, or
+can't do a case, is reported as such. benchmarks/prefill.py has more about many rows.
 
 --tune first holds the kernel against fp32 over all that it claims, then times settings (`kernels.cuda_gemv.Settings`)
 for each bit width, rows and size, first how blocks are cut, then the rest, and prints rows for its TABLES.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.kernels import cuda_gemv, gemv_layout
+from planish.kernels import cuda_gemm, cuda_gemv, gemv_layout
 from planish.kernels.cuda_gemv import Settings
 from planish.kernels.pack import Packed
 from planish.log import versions
@@ -40,7 +41,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = [(28672, 8192), (8192, 8192), (22016, 4096), (12288, 4096), (4096, 11008), (4096, 4096)]  # out x in
 SCHEMES = [(2, 64), (2, 128), (3, 128), (4, 128)]
 ROWS = [1, 2, 4, 8, 16]
-BANDWIDTH = 3.0e12  # bytes a second
+BANDWIDTH, ARITHMETIC = 3.0e12, 750e12  # bytes and operations a second
 COLD = 220e6  # bytes of all copies together
 MOST_COPIES = 40
 
@@ -80,14 +81,19 @@ def copies(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return [tensors] + [[tensor.clone() for tensor in tensors] for _ in range(count - 1)]
 
 
-def ours(q: QTensor, settings: Settings | None = None) -> Peer:
+def ours(q: QTensor, dtype: torch.dtype = torch.float16) -> Peer:
     weight = Packed.from_qtensor(q)
     layout = gemv_layout.layout_of(weight)
     held = copies([gemv_layout.write_records(weight, layout)])
-    if CUDA:
-        torch.cuda.synchronize()
-        return Peer(lambda x: [partial(cuda_gemv.multiply, x, part, None, layout, settings) for (part,) in held])
-    return Peer(lambda x: [partial(cuda_gemv.packed_gemv, x, part, None, *layout) for (part,) in held])
+    if not CUDA:
+        return Peer(lambda x: [partial(cuda_gemv.packed_gemv, x, part, None, *layout) for (part,) in held], dtype)
+    torch.cuda.synchronize()
+
+    def calls(x: Tensor) -> Calls:
+        product = cuda_gemv.multiply if len(x) <= cuda_gemv.MAX_ROWS else cuda_gemm.product
+        return [partial(product, x, part, None, layout) for (part,) in held]
+
+    return Peer(calls, dtype)
 
 
 def cublas(q: QTensor) -> Peer:
@@ -176,10 +182,10 @@ def seconds(calls: Calls, replays: int = 9) -> float:
     return times[replays // 2] / 1e3 / len(calls)
 
 
-def byte_limit(q: QTensor, name: str) -> float:
-    """Seconds that reading the weight takes at BANDWIDTH."""
-    bits = 16 if name == "cublas" else q.bits + (16 + q.bits) / min(q.group_size, q.shape[1])
-    return q.codes.numel() * bits / 8 / BANDWIDTH
+def limit(q: QTensor, rows: int, name: str) -> float:
+    """Seconds that reading the weight takes at BANDWIDTH, or multiplying by it at ARITHMETIC."""
+    bits = 16 if name.startswith("cublas") else q.bits + (16 + q.bits) / min(q.group_size, q.shape[1])
+    return q.codes.numel() * max(bits / 8 / BANDWIDTH, 2 * rows / ARITHMETIC)
 
 
 def relative_error(y: Tensor, x: Tensor, q: QTensor) -> float:
@@ -200,7 +206,8 @@ def measure(name: str, q: QTensor, every: list[int], out_of_time: Callable[[], b
             calls = peer.calls(x)
             error = relative_error(calls[-1](), x, q)
             took = seconds(calls)
-            cases.append(about | {"rows": rows, "us": took * 1e6, "share": byte_limit(q, name) / took, "error": error})
+            figures = {"us": took * 1e6, "share": limit(q, rows, name) / took, "error": error}
+            cases.append(about | {"rows": rows} | figures)
     except ImportError as problem:
         return [about | {"missing": f"not installed: {problem}"}]
     except Exception as problem:  # noqa: BLE001  (a peer may fail in any way; the others are still measured)
@@ -208,18 +215,20 @@ def measure(name: str, q: QTensor, every: list[int], out_of_time: Callable[[], b
     return cases
 
 
-def compare(peers: list[str], shapes: list, every: list[int], out_of_time: Callable[[], bool]) -> list[Case]:
+def compare(
+    peers: list[str], shapes: list, every: list[int], out_of_time: Callable[[], bool], schemes: list = SCHEMES
+) -> list[Case]:
     """Every peer on every shape and scheme; those that compile for long come last."""
     cases: list[Case] = []
-    for name, shape, scheme in itertools.product(peers, shapes, SCHEMES):
-        if name == "cublas" and scheme != SCHEMES[0]:
+    for name, shape, scheme in itertools.product(peers, shapes, schemes):
+        if name.startswith("cublas") and scheme != schemes[0]:
             continue  # its weights have 16 bits whatever the scheme
         found = measure(name, random_weight(*shape, *scheme), every, out_of_time)
         cases += found
         for case in found:
             figures = case.get("missing") or f"{case['us']:8.2f} us  {case['share']:.0%}  error {case['error']:.1e}"
-            label = f"{name:8} {shape[0]:5} x {shape[1]:5}  w{scheme[0]}g{scheme[1]}"
-            print(f"{label:36} rows {case.get('rows', '-'):>2}  {figures}", flush=True)
+            label = f"{name:12} {shape[0]:5} x {shape[1]:5}  w{scheme[0]}g{scheme[1]}"
+            print(f"{label:40} rows {case.get('rows', '-'):>4}  {figures}", flush=True)
         if CUDA:
             torch.cuda.empty_cache()
     return cases
@@ -255,21 +264,28 @@ def check() -> list[str]:
 def first_settings(columns: int) -> list[Settings]:
     """How a block may be cut."""
     if columns == 1:
-        cuts = [(4, 4), (4, 6), (8, 2), (8, 3), (8, 4), (16, 1), (16, 2)]
-        return [Settings(w, t, 4, b, True) for w, b in cuts for t in (1, 2, 4) if t <= w // 4 or t == 1]
+        cuts = [(4, 4), (8, 2), (8, 3), (16, 1), (16, 2)]
+        return [Settings(w, t, 4, b) for w, b in cuts for t in (1, 2, 4) if t <= w // 4 or t == 1]
     cuts = [(8, 1), (8, 2), (16, 1)]
-    return [Settings(w, t, 4, b, True) for w, b in cuts for t in (1, 2, 4)]
+    return [Settings(w, t, 3, b, 2, True) for w, b in cuts for t in (1, 2, 4, 8)]
 
 
-def second_settings(best: Settings) -> list[Settings]:
-    deeper = [best._replace(stages=stages) for stages in (2, 3, 6, 8)]
-    return [*deeper, best._replace(overlap=False)]
+def second_settings(best: Settings, columns: int) -> list[Settings]:
+    """The rest, one by one."""
+    others = [best._replace(tall=3 - best.tall), best._replace(overlap=False)]
+    if columns > 1:
+        others += [best._replace(apart=False), best._replace(apart=False, tall=1)]
+    return others
+
+
+def third_settings(best: Settings) -> list[Settings]:
+    return [best._replace(stages=stages) for stages in (2, 3, 4, 6, 8) if stages != best.stages]
 
 
 def tune(shapes: list, out_of_time: Callable[[], bool]) -> list[Case]:
     """The best settings for each (bits, columns, size), by the geometric mean over that size's shapes."""
     cases: list[Case] = []
-    for columns, (bits, group) in itertools.product((1, 8, 16), [(2, 64), (3, 128), (4, 128), (8, 128)]):
+    for columns, (bits, group) in itertools.product((8, 16, 1), [(2, 64), (3, 128), (4, 128), (8, 128)]):
         sizes: dict[str, list] = {}
         for shape in shapes:
             weight = Packed.from_qtensor(random_weight(*shape, bits, group))
@@ -285,8 +301,10 @@ def tune(shapes: list, out_of_time: Callable[[], bool]) -> list[Case]:
                 print("out of time before", bits, columns, size)
                 return cases
             took = {settings: time_settings(items, settings) for settings in first_settings(columns)}
-            later = second_settings(min(took, key=took.get))
-            took |= {settings: time_settings(items, settings) for settings in later}
+            for more in (partial(second_settings, columns=columns), third_settings):
+                later = more(min(took, key=took.get))
+                compile_ahead((layout, columns, cut, True) for layout, _, _ in items for cut in later)
+                took |= {settings: time_settings(items, settings) for settings in later}
             ranked = sorted(took, key=took.get)
             print(f"    ({bits}, {columns}, {size!r}): {ranked[0]},  # {took[ranked[0]] * 1e6:.2f} us", flush=True)
             cases += [

@@ -145,3 +145,20 @@ def test_columns_in_another_order_stay_so(quantized: Callable[..., Path], tmp_pa
     assert torch.equal(streams["model.layers.0.self_attn.q_proj"].order, layer.order)
     with pytest.raises(PlanishError, match="can't hold columns in another order"):
         planish.export(out, tmp_path / "auto", format="auto_round")
+
+
+def test_what_is_read_back_different_gets_no_name(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, original = quantized(), QuantizedFolder.stream
+
+    def faulty(self: QuantizedFolder, name: str) -> Stream:
+        stream = original(self, name)
+        if self.source.folder != source and name == "model.layers.1.mlp.up_proj":
+            stream.scale[0, 0] += 1
+        return stream
+
+    monkeypatch.setattr(QuantizedFolder, "stream", faulty)
+    with pytest.raises(PlanishError, match="^model.layers.1.mlp.up_proj was read back different from what was written"):
+        planish.export(source, tmp_path / "out", format="native")
+    assert not any("out" in entry.name for entry in tmp_path.iterdir())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.qtensor import PARTS, QTensor, beside_codes, moved
+from planish.qtensor import PARTS, QTensor, beside_codes, moved, same_parts
 from planish.scheme import Scheme
 
 WORD = 32  # bits of a word, and the elements after which fields and words line up again
@@ -133,6 +133,11 @@ class Stream:
     def to(self, device: torch.device | str) -> "Stream":
         """The same on another device."""
         return moved(self, device)
+
+    def equal(self, other: "Stream") -> bool:
+        """Is every code, scale, zero and offset the same, and the columns' order and the shape?"""
+        sizes = [(stream.bits, stream.group_size, stream.shape) for stream in (self, other)]
+        return sizes[0] == sizes[1] and same_parts(self, other)
 
     def digest(self) -> str:
         """sha256 of every code, scale, zero and offset, of the columns' order and of the shape."""

@@ -6,6 +6,7 @@
 Verification reads a folder back as `load` would and compares every code, scale and zero by hash.
 """
 
+import functools
 import os
 import tempfile
 from collections import deque
@@ -109,19 +110,23 @@ class QuantizedFolder:
 
     def each(self, work: Callable[[str, Stream], Result]) -> Iterator[tuple[str, Result]]:
         """(name, work(name, Stream)) of each quantized layer, in order; two are being worked on at a time."""
+        return _ahead(lambda name: (name, work(name, self.stream(name))), self.schemes)
+
+    def stream(self, name: str) -> Stream:
+        """One quantized layer."""
+        tensors = self.source.tensors(self._keys[name])
+        with reading(f"{self.source.label}: {name} can't be read"):
+            return self.format.read(name, tensors, self.schemes[name], self.shapes[name])
+
+    @functools.cached_property
+    def _keys(self) -> dict[str, list[str]]:
+        """Names of each quantized layer's tensors."""
         of_layer: dict[str, list[str]] = {name: [] for name in self.schemes}
         for key in self.source.names():
             name = key.rpartition(".")[0]
             if name in of_layer:
                 of_layer[name].append(key)
-
-        def done(name: str) -> tuple[str, Result]:
-            tensors = self.source.tensors(of_layer[name])
-            with reading(f"{self.source.label}: {name} can't be read"):
-                stream = self.format.read(name, tensors, self.schemes[name], self.shapes[name])
-            return name, work(name, stream)
-
-        return _ahead(done, self.schemes)
+        return of_layer
 
 
 def _ahead(work: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
@@ -187,16 +192,23 @@ def assemble(
     return model
 
 
-def verify_folder(folder: Path, digests: Mapping[str, str]) -> None:
-    """Read a folder back as `load` would; every layer must have the digest that was written.
+def verify_folder(folder: Path, digests: Mapping[str, str], original: QuantizedFolder | None = None) -> None:
+    """Read a folder back as `load` would; every layer must have the digest that was written, or be what it is in the
+    `original` if that is an empty one.
 
     Raises:
         PlanishError: naming the layer that differs.
     """
+
+    def is_same(name: str, stream: Stream) -> bool:
+        if original is not None and digests.get(name) == "":
+            return stream.equal(original.stream(name))
+        return stream.digest() == digests.get(name)
+
     written = QuantizedFolder.open(folder)
-    read = {} if written is None else dict(written.each(lambda name, stream: stream.digest()))
+    read = {} if written is None else dict(written.each(is_same))
     for name in sorted(digests.keys() | read.keys()):
-        if digests.get(name) != read.get(name):
+        if not read.get(name):
             raise PlanishError(
                 f"{name} was read back different from what was written; the disk or memory may be faulty"
             )

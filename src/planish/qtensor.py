@@ -94,13 +94,18 @@ class QTensor:
         """True if every code, scale, zero, offset and column is the same bit for bit."""
         if (self.bits, self.group_size, self.shape) != (other.bits, other.group_size, other.shape):
             return False
-        pairs = [(getattr(self, name), getattr(other, name)) for name in PARTS]
-        return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
+        return same_parts(self, other)
 
 
 def beside_codes(weight: Any) -> dict[str, Any]:
     """All of a QTensor but its codes, by name; of what holds the same with its codes packed too."""
     return {name: getattr(weight, name) for name in ("scale", "zero", "offset", "order", "bits", "group_size")}
+
+
+def same_parts(one: Any, other: Any) -> bool:
+    """Are all tensors of two QTensors, or of two that hold the same with their codes packed, equal?"""
+    pairs = ((getattr(one, name), getattr(other, name)) for name in PARTS)
+    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
 
 
 def moved(weight: Weight, device: torch.device | str) -> Weight:

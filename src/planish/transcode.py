@@ -94,7 +94,9 @@ def _convert(
         """Digest, tensors and whether columns have an order, of one layer in the new format."""
         if key in widened:
             return None, {f"{key}.weight": stream.qtensor().dequantize(source.dtype)}, False
-        return stream.digest(), format.write(key, stream), stream.order is not None
+        # what was rounded just now can't be read again
+        digest = stream.digest() if key in rounded else ""
+        return digest, format.write(key, stream), stream.order is not None
 
     tables = ((key, Stream.of(quantize_table(source.get(f"{key}.weight"), rounded[key]))) for key in rounded)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -110,7 +112,7 @@ def _convert(
         words = words_of(format, schemes, ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
         files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes)
-        return writer.finish(config, files, verify=lambda made: verify_folder(made, digests))
+        return writer.finish(config, files, verify=lambda made: verify_folder(made, digests, folder))
 
 
 def _tables(folder: QuantizedFolder, format: str, embeddings: int | None) -> tuple[set[str], dict[str, Scheme]]:

@@ -5,30 +5,20 @@
 // A warp takes a record (kernels/gemv_layout.py): 16 outputs by 256 inputs, read once through a ring in shared
 // memory that is filled ahead. A pair of codes becomes a pair of fp16 numbers by one AND: bits at position p of a
 // half with a zero exponent are the number Q * 2^(p - 24), exactly. x is brought to fp16 by a power of two for
-// each row, which loses nothing, and divided by 2^p. So tensor cores multiply codes by x, and sum in fp32. Scale
-// and zero enter once a group. The warps of a team share a tile's inputs, and blocks may share them too; their sums
-// are added in a fixed order, the latter's by `combine`.
+// each row, which loses nothing, and divided by 2^p; each block does that for itself, or `bring` once for all. So
+// tensor cores multiply codes by x, and sum in fp32. Scale and zero enter once a group. The warps of a team share a
+// strip's inputs, and blocks may share them too; their sums are added in a fixed order, the latter's by `combine`.
 //
-// Compiled for BITS (2, 3, 4, 8), GROUP (32, 64, 128, 256), ZERO (0 or 1), COLUMNS (1, 8, 16: the most rows of x),
-// BF16 (0: fp16), WARPS and TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, OVERLAP (1: starts before
-// the kernel that makes x has ended). Knows nothing of torch, and includes nothing.
+// Compiled as cuda_records.cu says, which comes before this, and for COLUMNS (1, 8, 16: the most rows of x), WARPS and
+// TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, TALL (tiles of a strip, which a warp takes at
+// once), APART (1: x comes from `bring`). Knows nothing of torch, and includes nothing.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-constexpr int TILE = 16, STEP = 256, SLABS = STEP / 32;     // outputs and inputs of a record; a slab is 32 inputs
-constexpr int GROUPS = STEP / GROUP;                        // of a record
-constexpr int ZERO_BITS = !ZERO ? 0 : GROUPS > 2 ? (BITS > 4 ? 8 : 4) : 16 / GROUPS;
-constexpr int ZERO_WORDS = GROUPS * ZERO_BITS / 16;         // for a pair of outputs
-constexpr int CODES = 512 * BITS, SCALES = 32 * GROUPS, ZEROS = 32 * ZERO_WORDS;
-constexpr int RECORD = CODES + SCALES + ZEROS;              // bytes
-constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS;
+constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS, HEIGHT = TALL * TILE;  // a strip's outputs
 constexpr int MMAS = COLUMNS > 8 ? 2 : 1;                   // of 8 columns each
-constexpr int FIELDS = 16 / BITS;                           // codes that half a word holds
-constexpr int DIRECT = BITS == 2 ? 4 : 10 / BITS;           // of them, those that lie in an fp16 mantissa unshifted
+constexpr int CHAINS = TALL * MMAS > 2 ? 1 : 2;             // sums of a group, so that an mma waits for few others
 constexpr float UNIT = 1.0f / 16777216.0f;                  // what a 1 in the last place of a half is worth: 2^-24
 
-#ifndef EMULATED  // the tests compile this file for a CPU, with these functions of their own
+#ifndef EMULATED  // the tests compile this for a CPU, with these functions of their own
 
 __device__ __forceinline__ void fetch(void* shared, const void* global) {
     u32 at = (u32)__cvta_generic_to_shared(shared);
@@ -42,13 +32,6 @@ __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_inputs() {
-#if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // d [16, 8] = a [16, 16] b [16, 8] + c
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -57,105 +40,72 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-__device__ __forceinline__ float from_half(u32 low) {
-    float value;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(low));
-    return value;
-}
-
-__device__ __forceinline__ u32 two_halves(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ u32 rounded(float value) {
-#if BF16
-    u32 bits;
-    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(value));
-    return bits;
-#else
-    return two_halves(value, 0.0f);
-#endif
-}
-
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
 
 #endif
 
-// a 16-bit number of the dtype of x
-__device__ __forceinline__ float widened(u32 bits) { return BF16 ? as_float(bits << 16) : from_half(bits); }
-
-// where the pair of codes `pair` of a record (4 a slab) lies in half a word, once shifted
-__device__ __forceinline__ constexpr int position(int pair) {
-    return (BITS == 3 ? (pair % 16 == 15 ? 0 : pair % 16 % FIELDS) : pair % FIELDS) % DIRECT * BITS;
-}
-
-// that pair as fp16 numbers Q * 2^(position - 24); words of two outputs alternate
-__device__ __forceinline__ u32 codes_of(const u32* words, int pair, int output) {
-    if (BITS == 3 && pair % 16 == 15) {  // the bits that five codes leave over in three words
-        const u32* unit = words + 6 * (pair / 16) + output;
-        return (unit[0] >> 15 & 0x10001) | (unit[2] >> 14 & 0x20002) | (unit[4] >> 13 & 0x40004);
+// adds what a group gives a tile; dot: sums of codes times x; sum: of x over the group
+__device__ __forceinline__ void close_group(
+    const char* record, int group, const float (&dot)[MMAS][CHAINS][4], const float* sum, int lane,
+    float (&total)[MMAS][4]) {
+    const u32 pair = ((const u32*)(record + CODES) + lane / 4 * GROUPS)[group];
+    const float scale[2] = {from_half(pair & 0xffff), from_half(pair >> 16)};
+    float zero[2] = {(1 << (BITS - 1)) * UNIT, (1 << (BITS - 1)) * UNIT};
+    if (ZERO) {
+        const u32 both = zeros_of((const u32*)(record + CODES + SCALES) + lane / 4 * ZERO_WORDS, group);
+        zero[0] = from_half(both & 0xffff), zero[1] = from_half(both >> 16);  // Q's unit
     }
-    int field = (BITS == 3 ? pair % 16 : pair) % FIELDS;
-    int word = BITS == 3 ? pair / 16 * 3 + pair % 16 / FIELDS : pair / FIELDS;
-    u32 bits = words[2 * word + output];
-    return (field < DIRECT ? bits : bits >> DIRECT * BITS) & ((1u << BITS) - 1) * 0x10001 << position(pair);
-}
-
-// the zeros of a pair of outputs, Q's unit
-__device__ __forceinline__ void zeros_of(const u32* zeros, int group, float (&zero)[2]) {
-    constexpr u32 mask = ZERO_BITS > 8 ? 255 : (1u << ZERO_BITS) - 1;
-    int at = group * ZERO_BITS;
-    u32 pair = zeros[at / 16] >> at % 16 & mask * 0x10001;
-    zero[0] = from_half(pair & 0xffff), zero[1] = from_half(pair >> 16);
-}
-
-// adds what a record gives; x: the lane's columns of the record's inputs; sums: of x over its groups
-__device__ __forceinline__ void multiply(
-    const char* record, const char* const (&x)[MMAS], const float* sums, int lane, float (&total)[MMAS][4]) {
-    u32 words[4 * BITS];
 #pragma unroll
-    for (int i = 0; i < BITS; i++) {
-        uint4 part = *(const uint4*)(record + 512 * i + 16 * lane);
-        words[4 * i] = part.x, words[4 * i + 1] = part.y, words[4 * i + 2] = part.z, words[4 * i + 3] = part.w;
-    }
-    const u32* scales = (const u32*)(record + CODES) + lane / 4 * GROUPS;
-    const u32* zeros = (const u32*)(record + CODES + SCALES) + lane / 4 * ZERO_WORDS;
-    const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float dot[MMAS][4];
-#pragma unroll
-    for (int slab = 0; slab < SLABS; slab++) {
-        u32 low[4], high[4];
+    for (int n = 0; n < MMAS; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            low[i] = codes_of(words, 4 * slab + i / 2, i % 2);
-            high[i] = codes_of(words, 4 * slab + 2 + i / 2, i % 2);
+            if (COLUMNS == 1 && i % 2) continue;  // all columns are the same
+            const float x = sum[COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2];
+            const float both = CHAINS == 2 ? dot[n][0][i] + dot[n][CHAINS - 1][i] : dot[n][0][i];
+            total[n][i] += scale[i / 2] * (both - zero[i / 2] * x);
         }
+    }
+}
+
+// adds what a strip's records of a step give; x: the lane's columns of its inputs; sums: of x over its groups
+__device__ __forceinline__ void multiply(
+    const char* record, const char* const (&x)[MMAS], const float* sums, int lane, float (&total)[TALL][MMAS][4]) {
+    u32 words[TALL][4 * BITS];
 #pragma unroll
-        for (int n = 0; n < MMAS; n++) {
-            uint4 column = *(const uint4*)(x[n] + 64 * slab);
-            if (slab * 32 % GROUP == 0) mma(dot[n], low, column.x, column.y, none);
-            else mma(dot[n], low, column.x, column.y, dot[n]);
-            mma(dot[n], high, column.z, column.w, dot[n]);
-        }
-        if ((slab + 1) * 32 % GROUP != 0) continue;
-        int group = slab * 32 / GROUP;
-        u32 pair = scales[group];
-        float scale[2] = {from_half(pair & 0xffff), from_half(pair >> 16)};
-        float zero[2] = {(1 << (BITS - 1)) * UNIT, (1 << (BITS - 1)) * UNIT};
-        if (ZERO) zeros_of(zeros, group, zero);
+    for (int i = 0; i < TALL * BITS; i++) {
+        uint4 part = *(const uint4*)(record + i / BITS * RECORD + 512 * (i % BITS) + 16 * lane);
+        u32* to = words[i / BITS] + 4 * (i % BITS);
+        to[0] = part.x, to[1] = part.y, to[2] = part.z, to[3] = part.w;
+    }
+    float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float dot[TALL][MMAS][CHAINS][4];
 #pragma unroll
-        for (int n = 0; n < MMAS; n++) {
-            const float* sum = sums + group * COLUMNS + (COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2);
+    for (int slab = 0; slab < SLABS; slab++) {
+        uint4 column[MMAS];
+#pragma unroll
+        for (int n = 0; n < MMAS; n++) column[n] = *(const uint4*)(x[n] + 64 * slab);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) {
+            u32 low[4], high[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (COLUMNS == 1 && i % 2) continue;  // all columns are the same
-                total[n][i] += scale[i / 2] * (dot[n][i] - zero[i / 2] * sum[i % 2]);
+                low[i] = codes_of<10>(words[r], 4 * slab + i / 2, i % 2);
+                high[i] = codes_of<10>(words[r], 4 * slab + 2 + i / 2, i % 2);
+            }
+            const bool fresh = slab * 32 % GROUP == 0;
+#pragma unroll
+            for (int n = 0; n < MMAS; n++) {
+                mma(dot[r][n][0], low, column[n].x, column[n].y, fresh ? none : dot[r][n][0]);
+                float(&other)[4] = dot[r][n][CHAINS - 1];
+                mma(other, high, column[n].z, column[n].w, fresh && CHAINS == 2 ? none : other);
             }
         }
+        const int group = slab * 32 / GROUP;
+        if ((slab + 1) * 32 % GROUP != 0) continue;
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+            close_group(record + r * RECORD, group, dot[r], sums + group * COLUMNS, lane, total[r]);
     }
 }
 
@@ -179,103 +129,178 @@ __device__ __forceinline__ float power_for(u32 peak, bool back) {
     return as_float((back ? exponent + 10 : 268 - exponent) << 23);
 }
 
-// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values
+__device__ __forceinline__ void swap(u32& a, u32& b) {
+    u32 kept = a;
+    a = b, b = kept;
+}
+
+__device__ __forceinline__ u32 peak_of(uint4 v) {
+    u32 pairs[4] = {v.x, v.y, v.z, v.w}, peak = 0;
+    for (int i = 0; i < 4; i++) peak = max(peak, max(pairs[i] & 0x7fff, pairs[i] >> 16 & 0x7fff));
+    return warp_max(peak);
+}
+
+// A record's inputs of one row, an octet a lane, as fp16 at `to`, and their sums over groups, COLUMNS apart. Of a
+// slab's four octets, lane t of a tensor core's operand wants pair t of each, side by side. Lanes write their pairs in
+// different orders, so that those of a warp fall into different banks
+__device__ __forceinline__ void convert(uint4 v, float power, char* to, float* sums, int lane) {
+    const float share = power / (1 << position<10>(lane));
+    const int turn = lane / 8;
+    u32 pairs[4] = {v.x, v.y, v.z, v.w};
+    float sum = 0.0f;
+    for (int i = 0; i < 4; i++) {
+        float low = widened(pairs[i] & 0xffff), high = widened(pairs[i] >> 16);
+        sum += low * power + high * power;
+        pairs[i] = two_halves(low * share, high * share);
+    }
+    char* slab = to + lane / 4 * 64 + lane % 4 * 4;
+    if (turn & 1) swap(pairs[0], pairs[1]), swap(pairs[2], pairs[3]);
+    if (turn & 2) swap(pairs[0], pairs[2]), swap(pairs[1], pairs[3]);
+    for (int i = 0; i < 4; i++) *(u32*)(slab + (i ^ turn) * 16) = pairs[i];
+    for (int mask = 1; mask < GROUP / 8; mask *= 2) sum += shuffle(sum, mask);
+    if (lane % (GROUP / 8) == 0) sums[lane / (GROUP / 8) * COLUMNS] = sum;
+}
+
+// x of a block's inputs as fp16 in shared memory, each row `stride` bytes, its sums over groups and largest values;
+// first as it is, all of it on its way at once, then in place
 __device__ void stage(
     const u16* x, char* staged, float* sums, u32* peaks, int stride, int rows, int in_features, int first, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll 4
+    const bool whole = in_features % 8 == 0 && (unsigned long long)x % 16 == 0;
     for (int item = warp; item < rows * width; item += WARPS) {
-        uint4 v = octet(x, item / width, (first + item % width) * STEP + 8 * lane, in_features);
-        u32 pairs[4] = {v.x, v.y, v.z, v.w}, peak = 0;
-        for (int i = 0; i < 4; i++) {
-            u32 low = pairs[i] & 0x7fff, high = pairs[i] >> 16 & 0x7fff;
-            peak = max(peak, max(low, high));
-        }
-        peak = warp_max(peak);
+        const int m = item / width, k = (first + item % width) * STEP + 8 * lane;
+        char* to = staged + m * stride + item % width * 2 * STEP + 16 * lane;
+        if (whole && k < in_features) fetch(to, x + (long long)m * in_features + k);
+        else *(uint4*)to = octet(x, m, k, in_features);
+    }
+    commit();
+    wait<0>();
+    for (int item = warp; item < rows * width; item += WARPS) {
+        u32 peak = peak_of(*(const uint4*)(staged + item / width * stride + item % width * 2 * STEP + 16 * lane));
         if (lane == 0) atomicMax(peaks + item / width, peak);
     }
     __syncthreads();
-    float share[4];
-    for (int i = 0; i < 4; i++) share[i] = 1.0f / (1 << position(lane / 4 * 4 + i));
+#pragma unroll 4
     for (int item = warp; item < rows * width; item += WARPS) {
         const int m = item / width, step = item % width;
-        const float power = power_for(peaks[m], false);
-        uint4 v = octet(x, m, (first + step) * STEP + 8 * lane, in_features);
-        u32 pairs[4] = {v.x, v.y, v.z, v.w};
-        float sum = 0.0f;
-        for (int i = 0; i < 4; i++) {
-            float low = widened(pairs[i] & 0xffff) * power, high = widened(pairs[i] >> 16) * power;
-            sum += low + high;
-            pairs[i] = two_halves(low * share[i], high * share[i]);
-        }
-        *(uint4*)(staged + m * stride + step * 2 * STEP + 16 * lane) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        for (int mask = 1; mask < GROUP / 8; mask *= 2) sum += shuffle(sum, mask);
-        if (lane % (GROUP / 8) == 0) sums[(step * GROUPS + lane / (GROUP / 8)) * COLUMNS + m] = sum;
+        char* at = staged + m * stride + step * 2 * STEP;
+        uint4 v = *(const uint4*)(at + 16 * lane);
+        __syncwarp();  // all have read what is overwritten now
+        convert(v, power_for(peaks[m], false), at, sums + step * GROUPS * COLUMNS + m, lane);
     }
-    __syncthreads();
 }
 
-extern __shared__ uint4 shared[];
+// the same from what `bring` left
+__device__ void take(
+    const char* ready, char* staged, float* sums, u32* peaks, int stride, int rows, int steps, int first, int width) {
+    const char* sums_from = ready + (long long)rows * steps * 2 * STEP;
+    const u32* peaks_from = (const u32*)(sums_from + (long long)steps * GROUPS * COLUMNS * 4);
+    for (int i = threadIdx.x; i < rows * width * 32; i += THREADS) {
+        const int m = i / (width * 32), part = i % (width * 32) * 16;
+        fetch(staged + m * stride + part, ready + ((long long)m * steps + first) * 2 * STEP + part);
+    }
+    for (int i = threadIdx.x; i < width * GROUPS * COLUMNS / 4; i += THREADS)
+        fetch(sums + 4 * i, sums_from + (first * GROUPS * COLUMNS + 4 * i) * 4);
+    if (threadIdx.x < rows) peaks[threadIdx.x] = peaks_from[threadIdx.x];
+    commit();
+    wait<0>();
+}
 
-// records: [tiles, steps, RECORD] bytes; x: [rows, in_features]; y: [rows, out_features]. A block of gridDim.y takes
-// `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows, out_features] takes their results
+// x [rows, in_features] as blocks want it, a block a row: fp16 [rows, steps, STEP], then fp32 sums
+// [steps, GROUPS, COLUMNS], then the largest value of each row
+extern "C" __global__ void __launch_bounds__(512) bring(
+    const u16* x, char* ready, int rows, int in_features, int steps) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m = blockIdx.x;
+    float* sums = (float*)(ready + (long long)rows * steps * 2 * STEP);
+    u32* peaks = (u32*)(sums + steps * GROUPS * COLUMNS);
+    u32* peak = (u32*)shared_memory();
+    if (threadIdx.x == 0) *peak = 0;
+    wait_for_inputs();
+    __syncthreads();
+#pragma unroll 4
+    for (int step = warp; step < steps; step += 16) {
+        u32 own = peak_of(octet(x, m, step * STEP + 8 * lane, in_features));
+        if (lane == 0) atomicMax(peak, own);
+    }
+    __syncthreads();
+    const float power = power_for(*peak, false);
+#pragma unroll 4
+    for (int step = warp; step < steps; step += 16) {
+        uint4 v = octet(x, m, step * STEP + 8 * lane, in_features);
+        convert(v, power, ready + ((long long)m * steps + step) * 2 * STEP, sums + step * GROUPS * COLUMNS + m, lane);
+    }
+    if (threadIdx.x == 0) peaks[m] = *peak;
+}
+
+// records: [tiles, steps, RECORD] bytes; x: [rows, in_features], or what `bring` made of it; y: [rows, out_features].
+// A block of gridDim.y takes `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows,
+// out_features] takes their results
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     const char* records, const u16* x, const u16* bias, u16* y, float* sums_out, int rows, int in_features,
     int out_features, int tiles, int steps, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / MEMBERS, member = warp % MEMBERS;
-    const int first = blockIdx.y * width, last = min(first + width, steps);
+    const int first = blockIdx.y * width, last = min(first + width, steps), strips = (tiles + TALL - 1) / TALL;
     const int stride = width * 2 * STEP + 64;  // rows of x lie in other banks
-    char* ring = (char*)shared + warp * STAGES * RECORD;
-    char* staged = (char*)shared + WARPS * STAGES * RECORD;
+    char* ring = shared_memory() + warp * STAGES * TALL * RECORD;
+    char* staged = shared_memory() + WARPS * STAGES * TALL * RECORD;
     float* sums = (float*)(staged + rows * stride);
-    float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, TILE, COLUMNS]
-    u32* peaks = (u32*)(parts + 2 * WARPS * TILE * COLUMNS);
-    if (threadIdx.x < 16) peaks[threadIdx.x] = 0;
+    float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, HEIGHT, COLUMNS]
+    u32* peaks = (u32*)(parts + 2 * WARPS * HEIGHT * COLUMNS);
+    if (!APART && threadIdx.x < 16) peaks[threadIdx.x] = 0;
 
-    int next_tile = blockIdx.x * TEAMS + team, next_step = first + member;
+    int next_strip = blockIdx.x * TEAMS + team, next_step = first + member;
     auto fetch_next = [&](int slot) {
-        if (next_tile < tiles && next_step < last) {
-            const char* from = records + ((long long)next_tile * steps + next_step) * RECORD + 16 * lane;
-            char* to = ring + slot * RECORD + 16 * lane;
-            for (int i = 0; i < BITS; i++) fetch(to + 512 * i, from + 512 * i);
-            if (16 * lane < SCALES + ZEROS) fetch(to + CODES, from + CODES);
+        if (next_strip < strips && next_step < last) {
+            for (int r = 0; r < TALL; r++) {
+                const int tile = next_strip * TALL + r;
+                if (TALL > 1 && tile >= tiles) break;
+                const char* from = records + ((long long)tile * steps + next_step) * RECORD + 16 * lane;
+                char* to = ring + (slot * TALL + r) * RECORD + 16 * lane;
+                for (int i = 0; i < BITS; i++) fetch(to + 512 * i, from + 512 * i);
+                if (16 * lane < SCALES + ZEROS) fetch(to + CODES, from + CODES);
+            }
             next_step += MEMBERS;
-            if (next_step >= last) next_step = first + member, next_tile += gridDim.x * TEAMS;
+            if (next_step >= last) next_step = first + member, next_strip += gridDim.x * TEAMS;
         }
         commit();
     };
     for (int slot = 0; slot < STAGES - 1; slot++) fetch_next(slot);
     wait_for_inputs();
     __syncthreads();
-    stage(x, staged, sums, peaks, stride, rows, in_features, first, last - first);
+    if (APART) take((const char*)x, staged, sums, peaks, stride, rows, steps, first, last - first);
+    else stage(x, staged, sums, peaks, stride, rows, in_features, first, last - first);
+    __syncthreads();
 
     const char* columns[MMAS];
     for (int n = 0; n < MMAS; n++)
         columns[n] = staged + (COLUMNS == 1 ? 0 : min(8 * n + lane / 4, rows - 1)) * stride + lane % 4 * 16;
     int slot = 0, turn = 0;
-    for (int tile = blockIdx.x * TEAMS; tile < tiles; tile += gridDim.x * TEAMS, turn ^= 1) {
-        float total[MMAS][4] = {};
-        for (int step = tile + team < tiles ? first + member : last; step < last; step += MEMBERS) {
+    for (int strip = blockIdx.x * TEAMS; strip < strips; strip += gridDim.x * TEAMS, turn ^= 1) {
+        float total[TALL][MMAS][4] = {};
+        for (int step = strip + team < strips ? first + member : last; step < last; step += MEMBERS) {
             wait<STAGES - 2>();
             __syncwarp();  // other lanes fetched the scales; and all have read what is overwritten now
             fetch_next(slot == 0 ? STAGES - 1 : slot - 1);
             const char* at[MMAS];
             for (int n = 0; n < MMAS; n++) at[n] = columns[n] + (step - first) * 2 * STEP;
-            multiply(ring + slot * RECORD, at, sums + (step - first) * GROUPS * COLUMNS, lane, total);
+            multiply(ring + slot * TALL * RECORD, at, sums + (step - first) * GROUPS * COLUMNS, lane, total);
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
-        float* own = parts + (turn * WARPS + warp) * TILE * COLUMNS;
-        for (int n = 0; n < MMAS; n++)
-            for (int i = 0; i < 4; i++)
-                if (COLUMNS > 1) own[(lane / 4 + i / 2 * 8) * COLUMNS + 8 * n + lane % 4 * 2 + i % 2] = total[n][i];
-                else if (lane % 4 == 0 && i % 2 == 0) own[lane / 4 + i / 2 * 8] = total[n][i];
+        float* own = parts + ((turn * WARPS + warp) * HEIGHT + lane / 4) * COLUMNS;
+        for (int r = 0; r < TALL; r++)
+            for (int n = 0; n < MMAS; n++)
+                for (int i = 0; i < 4; i++)
+                    if (COLUMNS > 1 || (lane % 4 == 0 && i % 2 == 0))
+                        own[(r * TILE + i / 2 * 8) * COLUMNS + (COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2)] =
+                            total[r][n][i];
         __syncthreads();
-        for (int i = threadIdx.x; i < TEAMS * TILE * rows; i += THREADS) {
-            const int m = i / (TEAMS * TILE), output = i % (TEAMS * TILE), n = tile * TILE + output;
+        for (int i = threadIdx.x; i < TEAMS * HEIGHT * rows; i += THREADS) {
+            const int m = i / (TEAMS * HEIGHT), output = i % (TEAMS * HEIGHT), n = strip * HEIGHT + output;
             if (n >= out_features) continue;
-            const float* part = parts + ((turn * WARPS + output / TILE * MEMBERS) * TILE + output % TILE) * COLUMNS + m;
+            const float* part =
+                parts + ((turn * WARPS + output / HEIGHT * MEMBERS) * HEIGHT + output % HEIGHT) * COLUMNS + m;
             float value = 0.0f;
-            for (int w = 0; w < MEMBERS; w++) value += part[w * TILE * COLUMNS];
+            for (int w = 0; w < MEMBERS; w++) value += part[w * HEIGHT * COLUMNS];
             value *= power_for(peaks[m], true);
             const long long at = (long long)m * out_features + n;
             if (gridDim.y > 1) sums_out[(long long)blockIdx.y * rows * out_features + at] = value;
@@ -285,13 +310,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     wait<0>();
 }
 
-// y [rows, out_features] = sum of sums [slices, rows, out_features] + b
+// y [rows, out_features] = sum of sums [slices, rows, out_features] + b, four numbers a thread
 extern "C" __global__ void __launch_bounds__(128) combine(
     const float* sums, const u16* bias, u16* y, int slices, int rows, int out_features) {
     wait_for_inputs();
-    const int i = blockIdx.x * 128 + threadIdx.x, size = rows * out_features;
-    if (i >= size) return;
-    float value = 0.0f;
-    for (int slice = 0; slice < slices; slice++) value += sums[(long long)slice * size + i];
-    y[i] = rounded(value + (bias ? widened(bias[i % out_features]) : 0.0f));
+    const int first = 4 * (blockIdx.x * 128 + threadIdx.x), size = rows * out_features;
+    if (first >= size) return;
+    const bool whole = size % 4 == 0;
+    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int slice = 0; slice < slices; slice++) {
+        const float* from = sums + (long long)slice * size + first;
+        if (whole) {
+            float4 four = *(const float4*)from;
+            values[0] += four.x, values[1] += four.y, values[2] += four.z, values[3] += four.w;
+        } else {
+            for (int i = 0; i < 4 && first + i < size; i++) values[i] += from[i];
+        }
+    }
+    for (int i = 0; i < 4 && first + i < size; i++)
+        y[first + i] = rounded(values[i] + (bias ? widened(bias[(first + i) % out_features]) : 0.0f));
 }

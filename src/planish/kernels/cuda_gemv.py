@@ -12,33 +12,35 @@ Groups: any that 32 divides, and whole rows. sm_80 and later. Knows nothing of l
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.kernels import gemv_layout, nvrtc, train
+from planish.kernels import cuda_records, gemv_layout, nvrtc, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 
 MAX_ROWS = 16
 TOLERANCE = 2**-8  # of |x| |W_hat|^T, element by element
 DTYPES = (torch.bfloat16, torch.float16)
-SOURCE = Path(__file__).with_suffix(".cu")
 RESERVED = 1024  # bytes of shared memory that a block takes for itself
+BRINGERS = 512  # threads that prepare a row of x
 
 
 class Settings(NamedTuple):
-    """How work is cut: warps of a block, teams they form (each has a tile), records a warp holds, blocks on a
-    multiprocessor, whether it starts before the kernel ahead has ended (sm_90 and later)."""
+    """How work is cut: warps of a block, teams they form (each has a strip), records of a tile that a warp holds,
+    blocks on a multiprocessor, tiles of a strip, whether x is prepared by a kernel of its own (not for one row),
+    whether kernels start before those ahead have ended (sm_90 and later)."""
 
     warps: int
     teams: int
     stages: int
     blocks: int
-    overlap: bool
+    tall: int = 1
+    apart: bool = False
+    overlap: bool = True
 
 
 class Card(NamedTuple):
@@ -51,7 +53,7 @@ class Card(NamedTuple):
 
 class Launch(NamedTuple):
     """A kernel's shape: settings that fit, columns it is compiled for, records of a tile that a block takes, blocks
-    (across tiles, across those records), bytes of shared memory."""
+    (across strips, across those records), bytes of shared memory."""
 
     settings: Settings
     columns: int
@@ -62,12 +64,51 @@ class Launch(NamedTuple):
 
 # by columns, where no table has a row
 DEFAULTS = {
-    1: Settings(8, 1, 4, 2, True),
-    8: Settings(16, 2, 4, 1, True),
-    16: Settings(16, 4, 4, 1, True),
+    1: Settings(16, 1, 4, 1),
+    8: Settings(16, 4, 3, 1, 2, True),
+    16: Settings(8, 4, 3, 2, 2, True),
 }
 # measured by `benchmarks/kernels.py --tune`: by capability, then by (bits, columns, size)
-TABLES: dict[tuple[int, int], dict[tuple[int, int, str], Settings]] = {}
+TABLES: dict[tuple[int, int], dict[tuple[int, int, str], Settings]] = {
+    (9, 0): {
+        (2, 1, "small"): Settings(16, 2, 2, 1, 1, False),
+        (2, 1, "medium"): Settings(8, 1, 3, 2, 1, False),
+        (2, 1, "large"): Settings(16, 2, 3, 1, 1, False),
+        (3, 1, "small"): Settings(16, 2, 2, 1, 1, False),
+        (3, 1, "medium"): Settings(8, 1, 4, 2, 1, False),
+        (3, 1, "large"): Settings(16, 1, 4, 1, 1, False),
+        (4, 1, "small"): Settings(16, 2, 2, 1, 1, False),
+        (4, 1, "medium"): Settings(16, 2, 4, 1, 1, False),
+        (4, 1, "large"): Settings(16, 1, 3, 1, 1, False),
+        (8, 1, "small"): Settings(16, 1, 4, 2, 2, False),
+        (8, 1, "medium"): Settings(16, 1, 8, 1, 1, False),
+        (8, 1, "large"): Settings(16, 1, 4, 2, 1, False, False),
+        (2, 8, "small"): Settings(8, 1, 8, 1, 1, True),
+        (2, 8, "medium"): Settings(8, 4, 3, 1, 2, True),
+        (2, 8, "large"): Settings(8, 8, 4, 1, 2, True),
+        (3, 8, "small"): Settings(8, 2, 4, 1, 2, True),
+        (3, 8, "medium"): Settings(8, 8, 3, 1, 2, True),
+        (3, 8, "large"): Settings(8, 1, 3, 1, 2, True),
+        (4, 8, "small"): Settings(16, 1, 4, 1, 2, True),
+        (4, 8, "medium"): Settings(8, 1, 3, 1, 2, True),
+        (4, 8, "large"): Settings(8, 1, 6, 2, 2, True),
+        (8, 8, "small"): Settings(16, 1, 2, 1, 2, True),
+        (8, 8, "medium"): Settings(16, 1, 2, 1, 1, True),
+        (8, 8, "large"): Settings(8, 2, 3, 1, 2, True),
+        (2, 16, "small"): Settings(8, 4, 2, 1, 2, True),
+        (2, 16, "medium"): Settings(8, 8, 3, 1, 2, True),
+        (2, 16, "large"): Settings(8, 8, 3, 1, 2, True),
+        (3, 16, "small"): Settings(8, 4, 3, 1, 1, True),
+        (3, 16, "medium"): Settings(8, 8, 4, 1, 1, True),
+        (3, 16, "large"): Settings(8, 8, 6, 1, 1, True),
+        (4, 16, "small"): Settings(8, 4, 2, 2, 2, True),
+        (4, 16, "medium"): Settings(8, 8, 4, 1, 1, True),
+        (4, 16, "large"): Settings(8, 8, 8, 1, 1, True),
+        (8, 16, "small"): Settings(16, 2, 2, 1, 2, True),
+        (8, 16, "medium"): Settings(16, 1, 3, 1, 2, True),
+        (8, 16, "large"): Settings(16, 2, 4, 1, 2, True),
+    },
+}
 
 
 def supports(weight: Packed, x: Tensor) -> bool:
@@ -148,18 +189,29 @@ def multiply(
     y = x.new_empty(rows, layout.out_features)
     card = card_of(device.index or 0)
     shape = plan(layout, rows, card, settings or settings_for(layout, rows, card.capability))
-    slices = shape.grid[1]
+    slices, (warps, *_, apart, overlap) = shape.grid[1], shape.settings
     sums = x.new_empty(slices, *y.shape, dtype=torch.float32) if slices > 1 else None
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     with torch.cuda.device(device):
-        gemv, combine = _kernels(device.index or 0, layout[:3], x.dtype == torch.bfloat16, shape[:2], shape.shared)
+        kernels = _kernels(device.index or 0, layout[:3], x.dtype == torch.bfloat16, shape[:2], shape.shared)
+        if apart:
+            ready = records.new_empty(ready_bytes(layout, rows, shape.columns))
+            sizes: tuple[int, ...] = rows, layout.in_features, layout.steps
+            nvrtc.launch(kernels["bring"], (rows, 1), BRINGERS, 16, [x, ready, *sizes], overlap)
+            x = ready
         sizes = rows, layout.in_features, layout.out_features, layout.tiles, layout.steps, shape.width
-        overlap, threads = shape.settings.overlap, 32 * shape.settings.warps
-        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-        nvrtc.launch(gemv, shape.grid, threads, shape.shared, [records, x, bias, y, sums, *sizes], overlap)
+        nvrtc.launch(
+            kernels["gemv"], shape.grid, 32 * warps, shape.shared, [records, x, bias, y, sums, *sizes], overlap
+        )
         if sums is not None:
             parts = [sums, bias, y, slices, rows, layout.out_features]
-            nvrtc.launch(combine, (-(-y.numel() // 128), 1), 128, 0, parts, overlap)
+            nvrtc.launch(kernels["combine"], (-(-y.numel() // 512), 1), 128, 0, parts, overlap)
     return y
+
+
+def ready_bytes(layout: Layout, rows: int, columns: int) -> int:
+    """Of x as the kernel wants it: fp16, sums over groups, largest values."""
+    return 512 * rows * layout.steps + 4 * columns * layout.groups * layout.steps + 4 * rows
 
 
 def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
@@ -170,17 +222,18 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     """
     columns = next(columns for columns in DEFAULTS if rows <= columns)
     each = 512 * rows + 4 * layout.groups * columns  # bytes of x and its sums, for a record's inputs
-    settings = settings._replace(overlap=settings.overlap and card.capability >= (9, 0))
+    overlap = settings.overlap and card.capability >= (9, 0)
+    settings = settings._replace(overlap=overlap, apart=settings.apart and columns > 1)
     while True:
-        ring = settings.warps * settings.stages * sum(layout.sizes)
-        fixed = ring + 64 * rows + 2 * 64 * settings.warps * columns + 64
-        room = card.shared // settings.blocks - RESERVED - fixed
-        if room >= each * min(layout.steps, settings.warps // settings.teams):
+        warps, teams, stages, blocks, tall, *_ = settings
+        fixed = warps * tall * (stages * sum(layout.sizes) + 2 * 64 * columns) + 64 * rows + 64
+        room = card.shared // blocks - RESERVED - fixed
+        if room >= each * min(layout.steps, warps // teams):
             break
         settings = _smaller(settings)
-    parallel = card.processors * settings.blocks
-    groups = -(-layout.tiles // settings.teams)
-    wanted = min(parallel // groups, layout.steps * settings.teams // settings.warps)
+    parallel = card.processors * blocks
+    groups = -(-layout.tiles // (tall * teams))
+    wanted = min(parallel // groups, layout.steps * teams // warps)
     width = min(room // each, -(-layout.steps // max(1, wanted)))
     slices = -(-layout.steps // width)
     width = -(-layout.steps // slices)
@@ -193,6 +246,8 @@ def _smaller(settings: Settings) -> Settings:
         return settings._replace(stages=settings.stages - 1)
     if settings.blocks > 1:
         return settings._replace(blocks=settings.blocks - 1)
+    if settings.tall > 1:
+        return settings._replace(tall=settings.tall // 2)
     assert settings.warps > 1, "one warp of two records fits every card"
     return settings._replace(warps=settings.warps // 2, teams=max(1, settings.teams // 2))
 
@@ -225,16 +280,23 @@ def _runs_on(device: int) -> bool:
 
 def macros(layout: tuple[int, int, bool], bf16: bool, settings: Settings, columns: int) -> dict[str, int]:
     """What cuda_gemv.cu is compiled for; `layout` is bits, group, has_zero."""
-    names = "BITS", "GROUP", "ZERO", "BF16", "WARPS", "TEAMS", "STAGES", "BLOCKS", "OVERLAP", "COLUMNS"
-    return {name: int(value) for name, value in zip(names, (*layout, bf16, *settings, columns), strict=True)}
+    names = "WARPS", "TEAMS", "STAGES", "BLOCKS", "TALL", "APART", "COLUMNS"
+    cut = {name: int(value) for name, value in zip(names, (*settings[:6], columns), strict=True)}
+    return cuda_records.macros(layout, bf16, settings.overlap) | cut
+
+
+def source() -> str:
+    """The kernel's text: what kernels share, and its own."""
+    return cuda_records.source("cuda_gemv")
 
 
 @functools.cache
 def _kernels(
     device: int, layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int], shared: int
-) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+) -> dict[str, ctypes.c_void_p]:
     code = _compiled(layout, bf16, shape, card_of(device).capability)
-    return nvrtc.load_kernel(code, "gemv", shared), nvrtc.load_kernel(code, "combine")
+    needed = {"bring": 0, "gemv": shared, "combine": 0}
+    return {name: nvrtc.load_kernel(code, name, needed[name]) for name in needed}
 
 
 @functools.cache
@@ -242,4 +304,4 @@ def _compiled(
     layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int], capability: tuple[int, int]
 ) -> bytes:
     target = f"sm_{capability[0]}{capability[1]}"
-    return nvrtc.compile_source(SOURCE.read_text(), macros(layout, bf16, *shape), target)
+    return nvrtc.compile_source(source(), macros(layout, bf16, *shape), target)

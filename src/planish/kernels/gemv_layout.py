@@ -1,4 +1,4 @@
-"""The layout that `kernels.cuda_gemv` reads a packed weight in: one stream of records, made once when it is loaded.
+"""The layout that the CUDA kernels read a packed weight in: one stream of records, made once when it is loaded.
 
 A record holds 16 outputs by 256 inputs: all that a warp takes at a time. In this order
 
@@ -6,10 +6,11 @@ A record holds 16 outputs by 256 inputs: all that a warp takes at a time. In thi
     scales  [8][groups][2]          fp16    outputs g and g + 8 side by side
     zeros   [8][words][2]           uint16  as many groups a word as fit; absent from a symmetric weight
 
-Lane 4 g + t holds inputs 32 i + 8 t ... + 7 of outputs g and g + 8, for each i below 8: its fragment of a tensor
-core's 16 x 16 operand. Two neighbouring inputs lie in the two halves of a 32-bit word, at the same bit; words of the
-two outputs alternate. 16 // bits codes fill a half. Of 3 bits that is five, and one bit over: three words keep the
-sixteenth code in theirs. Rows and columns are padded with zeros to whole records.
+Of each 16 inputs, lane 4 g + t holds 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, of outputs g and g + 8: its fragment of a
+tensor core's 16 x 16 operand, so that the kernel of decoding and that of prefill read one layout. Two neighbouring
+inputs, a pair, lie in the two halves of a 32-bit word, at the same bit; words of the two outputs alternate. 16 // bits
+codes fill a half. Of 3 bits that is five, and one bit over: three words keep the sixteenth code in theirs. Rows and
+columns are padded with zeros to whole records.
 
 Knows nothing of devices.
 """
@@ -121,8 +122,8 @@ def _tiled(values: Tensor, width: int) -> Tensor:
 
 def _codes_to_bytes(codes: Tensor, layout: Layout) -> Tensor:
     """uint8 [tiles, 2, 8, steps, 256] -> int32 [tiles, steps, bits, 32, 4]."""
-    low, high = codes.unflatten(4, (8, 4, 4, 2)).to(torch.int32).unbind(-1)  # slab, t, pair of it, code of a pair
-    pairs = (low | high << 16).permute(0, 3, 2, 5, 4, 6, 1).flatten(4, 5)  # [tiles, steps, 8, 4, PAIRS, 2]
+    low, high = codes.unflatten(4, (PAIRS, 4, 2)).to(torch.int32).unbind(-1)  # eight inputs, t, code of a pair
+    pairs = (low | high << 16).permute(0, 3, 2, 5, 4, 1)  # [tiles, steps, 8, 4, PAIRS, 2]
     if layout.bits == 3:
         units = pairs.unflatten(4, (2, 16))
         fields, spare = units[..., :15, :].unflatten(5, (3, 5)), units[..., 15, :]
@@ -147,8 +148,7 @@ def _bytes_to_codes(codes: Tensor, layout: Layout) -> Tensor:
     else:
         pairs = _fields(words, layout.bits, 5).flatten(4, 5)
     both = torch.stack([pairs & 0xFFFF, pairs >> 16 & 0xFFFF], dim=-1).to(torch.uint8)  # ..., PAIRS, output, code
-    slabs = both.unflatten(4, (8, 4)).permute(0, 6, 2, 1, 4, 3, 5, 7)
-    return slabs.flatten(3).flatten(0, 2)
+    return both.permute(0, 5, 2, 1, 4, 3, 6).flatten(3).flatten(0, 2)
 
 
 def _zeros_to_words(zero: Tensor, layout: Layout) -> Tensor:

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 PLAIN_SHARED = 48 * 1024  # shared memory that a kernel has without asking
-MAX_SHARED, OVERLAPS = 8, 6  # the driver's numbers of a function's attribute and of a launch's
+MAX_SHARED = 8  # the driver's numbers of a function's attribute,
+CLUSTER, OVERLAPS = 4, 6  # of a launch's,
+HALF, BFLOAT16, SWIZZLE_128, PROMOTE_128 = 6, 9, 3, 2  # and of a tensor map's parts
 
 
 class _Attribute(ctypes.Structure):
@@ -125,27 +127,69 @@ def load_kernel(code: bytes, name: str, shared: int = 0) -> ctypes.c_void_p:
     return kernel
 
 
+def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array:
+    """Of a contiguous [n, m] of 16-bit floats, for copies of [rows, columns], which are 128 bytes wide and swizzled.
+
+    What a copy takes from outside is zero. The tensor starts at, and has rows of, a multiple of 16 bytes.
+    """
+    assert x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and columns == 64
+    return _tensor_map(x.data_ptr(), x.shape[0], x.shape[1], x.dtype == torch.bfloat16, rows, columns)
+
+
+@functools.lru_cache(1024)
+def _tensor_map(address: int, height: int, width: int, bf16: bool, rows: int, columns: int) -> ctypes.Array:
+    room = ctypes.create_string_buffer(192)
+    made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)  # it lies at a multiple of 64
+    sizes, strides = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(2 * width)
+    box, every = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
+    kind = BFLOAT16 if bf16 else HALF
+    at = ctypes.c_void_p(address)
+    status = _driver().cuTensorMapEncodeTiled(
+        made, kind, 2, at, sizes, strides, box, every, 0, SWIZZLE_128, PROMOTE_128, 0
+    )
+    _check(status)
+    return made
+
+
+def _launch_attributes(cluster: int, overlap: bool) -> list[_Attribute]:
+    attributes = []
+    if cluster > 1:
+        attributes.append(_Attribute(kind=CLUSTER, value=(ctypes.c_longlong * 8)(cluster | 1 << 32, 1)))
+    if overlap:
+        attributes.append(_Attribute(kind=OVERLAPS, value=(ctypes.c_longlong * 8)(1)))
+    return attributes
+
+
 def launch(
     kernel: ctypes.c_void_p,
     grid: tuple[int, int],
     threads: int,
     shared: int,
-    arguments: Sequence[torch.Tensor | int | None],
+    arguments: Sequence[torch.Tensor | int | None | ctypes.Array],
     overlap: bool = False,
+    cluster: int = 1,
 ) -> None:
-    """Run a kernel on the current device and stream; a tensor is given as its address, None as a null one."""
-    values = [
-        ctypes.c_int(value) if isinstance(value, int) else ctypes.c_void_p(None if value is None else value.data_ptr())
-        for value in arguments
-    ]
+    """Run a kernel on the current device and stream, its blocks in clusters.
+
+    A tensor is given as its address, None as a null one, an array as it is.
+    """
+    values = [_argument(value) for value in arguments]
     places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    attribute = _Attribute(kind=OVERLAPS, value=(ctypes.c_longlong * 8)(1))
+    attributes = _launch_attributes(cluster, overlap)
     config = _Launch(
         grid=(ctypes.c_uint * 3)(*grid, 1),
         block=(ctypes.c_uint * 3)(threads, 1, 1),
         shared=shared,
         stream=torch.cuda.current_stream().cuda_stream,
-        attributes=ctypes.pointer(attribute),
-        count=int(overlap),
+        attributes=(_Attribute * 2)(*attributes),
+        count=len(attributes),
     )
     _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, places, None))
+
+
+def _argument(value: torch.Tensor | int | None | ctypes.Array) -> ctypes.c_int | ctypes.c_void_p | ctypes.Array:
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    if isinstance(value, ctypes.Array):
+        return value
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
