@@ -67,6 +67,7 @@ def test_formats_that_can_not_say_it_refuse_first(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["w4a4", "w6a6asym", "w8a8s", "w4g32a8"])
+@torch.no_grad()
 def test_rtn_stores_and_loads_activations(tmp_path, tiny_llama, text: str) -> None:
     model, ids = tiny_llama(), torch.arange(1, 33).view(1, -1)
     manifest = planish.quantize_to(model, tmp_path / "out", "rtn", text, device="cpu")

@@ -18,7 +18,7 @@ from planish.kernels import cpu, reference, train
 from planish.kernels.pack import Packed
 
 if find_spec("triton"):
-    from planish.kernels import fakequant, triton_train  # noqa: F401  (they register themselves for CUDA)
+    from planish.kernels import fakequant, triton_int8, triton_train  # noqa: F401  (they register themselves for CUDA)
 
 KERNELS = {"cpu": cpu, "train": train, "reference": reference}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
-from planish.kernels import choose, train
+from planish.kernels import choose, int8, train
 from planish.kernels.pack import Packed
 from planish.qtensor import PARTS, QTensor, store
 from planish.quant.activation import fake_quantize_tokens
@@ -151,11 +151,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
-        if self.activations is not None:
-            x = fake_quantize_tokens(x, self.activations)
-        if self.order is not None:
+        if self.order is not None and (self.activations is None or not self.activations.turned):
             x = x.index_select(-1, self.order)
         weight = self._weight(self.scale, self.zero)
+        if self.activations is not None:
+            if not self.trainable and int8.supports(weight, self.activations, x):
+                return int8.matmul(x, weight, self.activations, self.bias, self._cache)
+            x = fake_quantize_tokens(x, self.activations)
         kernel = train if self.trainable else choose(weight, x)
         return kernel.matmul(x, weight, self.bias, self._cache)
 
