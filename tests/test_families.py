@@ -4,6 +4,7 @@ Law 4: a transform preserves the model. Laws 1, 2 and 5: what OmniQuant fits is 
 no fit is worse than where it started.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gpt_neox": ({"rotary_pct": 0.5}, ["norm", "norm", "value"]),
 }
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(family: str, **settings: Any) -> Any:

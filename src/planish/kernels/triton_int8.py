@@ -1,8 +1,9 @@
 """Integer products on CUDA: tokens are rounded in one pass, and scales applied where the sums of a tile lie.
 
 Registered under the ops of `planish.kernels.int8`, whose torch definitions are the slow twins: codes, scales and
-sums are the same bit for bit, y too but for one rounding. Few tokens go to torch's product, which has small tiles. Tile
-sizes are fixed, never timed. Needs triton: `planish.kernels` imports it where there is one.
+sums are the same bit for bit, y too but for one rounding. Tiles are fixed by the number of tokens, never timed: few
+tokens are bound by reading weights, and want many narrow ones. Needs triton: `planish.kernels` imports it where there
+is one.
 """
 
 import torch
@@ -15,8 +16,9 @@ from planish.kernels.fakequant import _clamp, _round
 from planish.qtensor import midpoint
 from planish.quant.activation import SMALLEST
 
-FUSED_FROM = 128  # tokens
-TALL, WIDE, DEEP, BAND = 128, 256, 128, 8
+BAND = 8  # tiles of rows that go through all columns together
+# up to so many tokens: rows, columns and depth of a tile, warps, stages
+TILES = {16: (16, 64, 256, 4, 4), 64: (64, 64, 256, 4, 4), 512: (128, 128, 128, 8, 4), 2**31: (128, 256, 128, 8, 4)}
 
 
 @triton.jit
@@ -101,27 +103,15 @@ def linear(
     codes: Tensor, scale: Tensor, grid: Tensor, weight: Tensor, weight_scale: Tensor, sums: Tensor, zeros: Tensor,
     bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`planish::int8_linear`, in one kernel where there are tokens enough."""
-    tokens, inputs = codes.shape
-    if tokens < FUSED_FROM:
-        total = int8.product(codes, weight)
-        return int8.scaled(total, scale, grid, weight_scale, sums, zeros, bias, inputs, dtype)
-    return fused(codes, scale, grid, weight, weight_scale, sums, zeros, bias, dtype)
-
-
-def fused(
-    codes: Tensor, scale: Tensor, grid: Tensor, weight: Tensor, weight_scale: Tensor, sums: Tensor, zeros: Tensor,
-    bias: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Product and scales in one kernel."""
+    """`planish::int8_linear` in one kernel."""
     (tokens, inputs), outputs = codes.shape, len(weight)
     y = torch.empty(tokens, outputs, dtype=dtype, device=codes.device)
-    tall = TALL if tokens > 64 else 64
-    tiles = triton.cdiv(tokens, tall) * triton.cdiv(outputs, WIDE)
+    tall, wide, deep, warps, stages = next(tile for most, tile in TILES.items() if tokens <= most)
+    tiles = triton.cdiv(tokens, tall) * triton.cdiv(outputs, wide)
     with torch.cuda.device_of(codes):
         _linear_kernel[(tiles,)](
             codes, scale, grid, weight, weight_scale, sums, zeros, bias, y, tokens, outputs, inputs,
-            TALL=tall, WIDE=WIDE, DEEP=DEEP, BAND=BAND, RAGGED=inputs % DEEP != 0, num_warps=8, num_stages=4,
+            TALL=tall, WIDE=wide, DEEP=deep, BAND=BAND, RAGGED=inputs % deep != 0, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y
 

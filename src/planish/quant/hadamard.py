@@ -56,15 +56,22 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
 
 
+@functools.cache
+def _core_on(size: int, device: torch.device, dtype: torch.dtype) -> tuple[int, Tensor]:
+    """As `core_of`, kept where it is needed: nothing may be copied to a GPU while a step is captured."""
+    power, core = core_of(size)
+    return power, core.to(device, dtype)
+
+
 def turn(x: Tensor, signs: Tensor | None = None) -> Tensor:
     """x diag(signs) H / sqrt(n) over the last dimension; computed at least in fp32, in the dtype of x."""
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     if signs is not None:
         values = values * signs.to(values)
-    power, core = core_of(x.shape[-1])
+    power, core = _core_on(x.shape[-1], values.device, values.dtype)
     values = values.unflatten(-1, (-1, power, len(core)))
     if len(core) > 1:
-        values = values @ core.to(values)
+        values = values @ core
     half = 1
     while half < power:
         pairs = values.unflatten(-2, (-1, 2, half))

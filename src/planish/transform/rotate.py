@@ -126,7 +126,7 @@ class RotatedSource(Source):
             return torch.full_like(tensor, 1 - self.unit)
         if owner == self.arch.head:
             norm = self.base.get(f"{self.norm}.weight").float() + self.unit
-            return turn(tensor.float() * norm, self.signs) if leaf == "weight" else tensor
+            return turn(tensor.float() * norm.to(tensor.device), self.signs) if leaf == "weight" else tensor
         if not name.startswith(f"{self.arch.blocks}."):
             return tensor
         index, _, inside = owner.removeprefix(f"{self.arch.blocks}.").partition(".")

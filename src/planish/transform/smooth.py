@@ -8,6 +8,7 @@ block is fitted its parameters are seen through parametrizations, then folded: b
 relative, since it is trained as a logarithm. Knows nothing of quantizers.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,9 @@ class Moved(nn.Module):
 
     def __init__(self, move: Move, channels: Channels, weight: Tensor) -> None:
         super().__init__()
-        self.move, self.channels = move, channels
+        # where it is needed: nothing may be copied to a GPU while a step is captured
+        self.move = dataclasses.replace(move, index=move.index.to(weight.device))
+        self.channels = channels
         self.weight = (weight,) if move.how == "columns" and move.leaf == "bias" else None
 
     def forward(self, value: Tensor) -> Tensor:
