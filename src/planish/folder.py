@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.attention import install
 from planish.bitstream import Stream
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
@@ -182,6 +183,7 @@ def assemble(
         setattr(model.get_submodule(parent), leaf, packed)
     source.load(model, "", device, dtype)
     model.tie_weights()
+    install(model, schemes or {})
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True
     model.config.name_or_path = str(source.folder or source.config.name_or_path)

@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from planish.arch import Arch, discover
+from planish.attention import install
 from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of
@@ -209,6 +210,7 @@ class PlanishQuantizer(HfQuantizer):
                 layer = PackedLinear(weight, bias, stored.scheme.activations)
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(model)
+        install(model, self.saved)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """All tensors of the checkpoint by their names in the model; tied ones once.

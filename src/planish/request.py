@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.attention import check_heads
 from planish.data import check_seqlen
 from planish.errors import PlanishError, nearest
 from planish.formats import FORMATS, choose
@@ -122,7 +123,7 @@ def resolve(
     skeleton = source.skeleton()
     arch = discover(skeleton)
     shapes = linears(arch, skeleton)
-    schemes = scheme_map.resolve(shapes)
+    check_heads(skeleton, schemes := scheme_map.resolve(shapes))
     every = {name: schemes.get(name) for name in shapes}
     asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
     bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from planish.attention import rounded_heads
 from planish.edges import Edge, find_edges
 from planish.errors import PlanishError
 from planish.fit.norms import free, norms_of, settle
@@ -175,7 +176,8 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
     smoothed = _smooth(job, span, edges, seen, turned)
     layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
-    outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
+    with rounded_heads(span.values(), job.schemes):
+        outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
     for name, value in {**settle(norms), **_fold(smoothed, linears)}.items():
         assert job.keep is not None, "norms are trained and nobody takes them"
         job.keep(name, value)
@@ -183,7 +185,8 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
         _quantize(job, name, layer)
     for index, block in span.items():
         if job.stream is not None and job.stage.fit is not None:
-            job.stream.advance(job.stream.quant, block, index)
+            with rounded_heads([block], job.schemes):
+                job.stream.advance(job.stream.quant, block, index)
     for name, linear in linears.items():
         _replace(job, span, name, linear)
     for index in span:
