@@ -322,7 +322,7 @@ def compile_ahead(wanted: Iterable[tuple[gemv_layout.Layout, int, Settings | Non
     for layout, rows, settings, bf16 in wanted:
         settings = settings or cuda_gemv.settings_for(layout, rows, card.capability)
         launch = cuda_gemv.plan(layout, rows, card, settings)
-        needed.add((layout[:3], bf16, launch[:2], card.capability))
+        needed.add((layout[:3], bf16, launch[:3], card.capability))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: cuda_gemv._compiled(*key), needed))
 

@@ -36,6 +36,13 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture
+def held_as_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where models are loaded with records in place of codes."""
+    for home in ("records", "siblings"):
+        monkeypatch.setattr(f"planish.kernels.{home}.reads", lambda device, dtype: True)
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and <eos> as token 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

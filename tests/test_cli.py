@@ -70,6 +70,17 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
     assert said.status == 0 and said.out
 
 
+def test_bench(planish, tiny_llama, tmp_path):
+    figures = tmp_path / "bench.json"
+    words = ("--batch", "1,2", "--prompt", "4", "--new", "3", "--device", "cpu", "--json", figures)
+    shown = planish("bench", tiny_llama(), *words)
+    assert shown.status == 0, shown.err
+    assert "tokens/s" in shown.out and "GB/s measured" in shown.out and "q_proj" in shown.out
+    assert [speed["batch"] for speed in json.loads(figures.read_text())["speeds"]] == [1, 2]
+    refused = planish("bench", tiny_llama(), "--batch", "1,x", "--device", "cpu")
+    assert refused.err == "planish: --batch '1,x' isn't a list of counts; write it as 1,8,32\n" and refused.status == 2
+
+
 def test_info_of_a_model_that_is_not_quantized(planish, tiny_llama):
     shown = planish("info", tiny_llama())
     assert shown.status == 0, shown.err
@@ -175,7 +186,7 @@ def test_recipes_are_listed_and_explained(planish):
     assert planish("recipes", "signrund").err == "planish: no recipe 'signrund': did you mean 'signround'?\n"
 
 
-@pytest.mark.parametrize("verb", ["quantize", "finetune", "recipes", "eval", "generate", "info"])
+@pytest.mark.parametrize("verb", ["quantize", "finetune", "recipes", "eval", "generate", "bench", "info"])
 def test_help_teaches_by_examples(planish, verb):
     shown = planish(verb, "--help")
     assert shown.status == 0 and f"planish {verb} " in shown.out.split("Options")[0].replace("Usage:", "")

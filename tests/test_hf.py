@@ -103,6 +103,25 @@ def test_loads_what_planish_loads_and_saves_it_again(
     assert dtype != torch.bfloat16 or equal_files(folder, tmp_path / "copy")
 
 
+@pytest.mark.usefixtures("held_as_records")
+@pytest.mark.parametrize(("format", "scheme"), WRITTEN.items())
+def test_where_a_gpu_reads_records_there_is_nothing_else(
+    quantized: Callable[..., Path], tmp_path: Path, format: str, scheme: str
+) -> None:
+    folder = quantized(format, scheme, attention_bias=True, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ours = planish.load(folder, device="cpu")
+    laid_out = scheme != "w3g40"
+    for layer in (*packed_layers(model).values(), *packed_layers(ours).values()):
+        assert (layer.records is not None, layer.codes is None) == (laid_out, laid_out)
+    assert (model.model.layers[1].self_attn.k_proj.siblings is not None) == laid_out
+    assert same(model, ours) and torch.equal(logits(model), logits(ours))
+    model.save_pretrained(tmp_path / "copy")
+    assert equal_files(folder, tmp_path / "copy")
+    planish.save(ours, tmp_path / "saved", format="native")
+    assert same(ours, planish.load(tmp_path / "saved", device="cpu"))
+
+
 def test_every_format_that_writes_is_tried_above_and_has_its_method() -> None:
     assert FORMATS.keys() - {"awq"} == WRITTEN.keys()
     for format, scheme in WRITTEN.items():

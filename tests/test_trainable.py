@@ -103,6 +103,21 @@ def test_a_loop_trains_it_and_it_is_saved_as_trained(tiny_llama: Tiny, tmp_path:
     assert all(torch.equal(found, start[name]) for name, found in codes(loaded).items())
 
 
+@pytest.mark.usefixtures("held_as_records")
+def test_what_is_held_as_records_is_codes_while_it_trains(tiny_llama: Tiny, tmp_path: Path) -> None:
+    planish.quantize_to(tiny_llama(), tmp_path / "q", "rtn", "w2g32asym", device="cpu")
+    model = planish.load(tmp_path / "q", device="cpu", dtype=torch.float32)
+    layers = packed_layers(model).values()
+    assert all(layer.records is not None for layer in layers)
+    before, after = train(planish.prepare(model, "e2e_qp", zero_rate=1e-2), 1e-3)
+    assert after < before and all(layer.records is None and layer.siblings is None for layer in layers)
+    trained = logits(model)
+    planish.convert(model)
+    assert all(layer.records is not None for layer in layers) and torch.equal(logits(model), trained)
+    planish.save(model, tmp_path / "out")
+    assert torch.equal(logits(planish.load(tmp_path / "out", device="cpu", dtype=torch.float32)), trained)
+
+
 FLOAT: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "block_ap": ("w2g32asym", {}, {"weight.value", "range.scale", "range.zero"}),
     "block_ap, symmetric": ("w3g32", {}, {"weight.value", "range.scale"}),

@@ -152,8 +152,8 @@ def test_what_is_read_back_different_gets_no_name(
 ) -> None:
     source, original = quantized(), QuantizedFolder.stream
 
-    def faulty(self: QuantizedFolder, name: str) -> Stream:
-        stream = original(self, name)
+    def faulty(self: QuantizedFolder, name: str, device: str = "cpu") -> Stream:
+        stream = original(self, name, device)
         if self.source.folder != source and name == "model.layers.1.mlp.up_proj":
             stream.scale[0, 0] += 1
         return stream

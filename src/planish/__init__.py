@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planish.api import info, load, quantize, quantize_to, resolve, save
+    from planish.decode import generate
     from planish.errors import PlanishError, UnsupportedScheme
     from planish.eval.perplexity import perplexity
     from planish.hf import register, unregister
@@ -35,6 +36,7 @@ __all__ = [
     "convert",
     "export",
     "finetune",
+    "generate",
     "info",
     "load",
     "perplexity",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOME = {
     "planish.api": ("info", "load", "quantize", "quantize_to", "resolve", "save"),
+    "planish.decode": ("generate",),
     "planish.errors": ("PlanishError", "UnsupportedScheme"),
     "planish.eval.perplexity": ("perplexity",),
     "planish.transcode": ("export",),

@@ -38,6 +38,7 @@ from planish.gguf_file import write_gguf
 from planish.hf import attach
 from planish.journal import Journal
 from planish.kernels.linear import packed_layers
+from planish.kernels.siblings import settle
 from planish.log import Progress, RunManifest
 from planish.naming import disk_speller
 from planish.qtensor import QTensor
@@ -89,7 +90,7 @@ def quantize(
     run = make_run(
         resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir)
     )
-    return attach(quantize_tables(quantize_in_memory(run)[0], resolved.tables))
+    return attach(settle(quantize_tables(quantize_in_memory(run)[0], resolved.tables)))
 
 
 def quantize_to(
@@ -239,14 +240,16 @@ def load(
         dtype: of activations and unquantized weights; the checkpoint's own if not given.
 
     Returns:
-        An ordinary transformers model in eval mode; quantized layers are `planish.kernels.PackedLinear`.
+        An ordinary transformers model in eval mode; quantized layers are `planish.kernels.PackedLinear`. On an NVIDIA
+        GPU they are laid out for decoding; `prepare` undoes that.
     """
     where = compute_device(device)
     folder = QuantizedFolder.open(path, revision=revision)
     if folder is None:
         source = open_source(path, revision=revision)
         return assemble(source, (), where, dtype or source.dtype)
-    model = assemble(folder.source, folder.packed(where), where, dtype or folder.source.dtype, folder.schemes)
+    kind = dtype or folder.source.dtype
+    model = settle(assemble(folder.source, folder.held(where, kind), where, kind, folder.schemes))
     return attach(model, folder.source.quantization_config)
 
 

@@ -121,6 +121,10 @@ class Stream:
         return self.codes.shape[0], self.in_features
 
     @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
     def symmetric(self) -> bool:
         return self.zero is None
 

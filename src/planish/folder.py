@@ -30,6 +30,7 @@ from planish.formats.format import Format
 from planish.guard import read_json, reading
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
+from planish.kernels.records import Weight, hold
 from planish.naming import disk_speller
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
@@ -103,19 +104,30 @@ class QuantizedFolder:
 
     def packed(self, device: torch.device) -> Iterator[tuple[str, Packed]]:
         """(name, Packed) of each quantized layer on a device; some are read ahead."""
-        return self.each(lambda name, stream: Packed.from_stream(stream.to(device)))
+        return self.each(lambda name, stream: Packed.from_stream(stream), device)
+
+    def held(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Weight]]:
+        """The same for a model that isn't trained, with activations of `dtype`; laid out there where that is faster."""
+
+        def work(name: str, stream: Stream) -> Weight:
+            plain = name == self.embedding or self.schemes[name].activations is not None
+            return Packed.from_stream(stream) if plain else hold(stream, dtype)
+
+        return self.each(work, device)
 
     def streams(self) -> Iterator[tuple[str, Stream]]:
         """(name, Stream) of each quantized layer; some are read ahead."""
         return self.each(lambda name, stream: stream)
 
-    def each(self, work: Callable[[str, Stream], Result]) -> Iterator[tuple[str, Result]]:
-        """(name, work(name, Stream)) of each quantized layer, in order; two are being worked on at a time."""
-        return _ahead(lambda name: (name, work(name, self.stream(name))), self.schemes)
+    def each(
+        self, work: Callable[[str, Stream], Result], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Result]]:
+        """(name, work(name, Stream on a device)) of each quantized layer, in order; two are worked on at a time."""
+        return _ahead(lambda name: (name, work(name, self.stream(name, device))), self.schemes)
 
-    def stream(self, name: str) -> Stream:
+    def stream(self, name: str, device: torch.device | str = "cpu") -> Stream:
         """One quantized layer."""
-        tensors = self.source.tensors(self._keys[name])
+        tensors = self.source.tensors(self._keys[name], device)
         with reading(f"{self.source.label}: {name} can't be read"):
             return self.format.read(name, tensors, self.schemes[name], self.shapes[name])
 
@@ -158,7 +170,7 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
 
 def assemble(
     source: Source,
-    layers: Iterable[tuple[str, Packed]],
+    layers: Iterable[tuple[str, Weight]],
     device: torch.device,
     dtype: torch.dtype,
     schemes: Mapping[str, Scheme] | None = None,
@@ -172,6 +184,7 @@ def assemble(
     arch = discover(model, PackedLinear)
     for name, quantized in layers:
         if name == arch.embedding:
+            assert isinstance(quantized, Packed)
             put_table(model, arch, quantized, dtype)
             continue
         linear = model.get_submodule(name)

@@ -33,6 +33,8 @@ from planish.formats import FORMATS, choose, detect
 from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
+from planish.kernels.records import hold
+from planish.kernels.siblings import settle
 from planish.naming import module_names
 from planish.qtensor import QTensor
 from planish.scheme import Scheme
@@ -158,6 +160,10 @@ class PlanishQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what would be moved in and out of a GPU; called again when 'auto' has become a map."""
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
@@ -199,17 +205,17 @@ class PlanishQuantizer(HfQuantizer):
         for name in [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]:
             stored = model.get_submodule(name)
             assert isinstance(stored, StoredLinear)
-            weight = Packed.from_stream(stored.stream(name, self.format))
+            stream = stored.stream(name, self.format)
             if name == self.arch.embedding:
                 model.set_submodule(name, stored.original[0])
                 if self.arch.head is not None and self.head is not None:
                     model.set_submodule(self.arch.head, self.head)
-                put_table(model, self.arch, weight, stored.dtype)
+                put_table(model, self.arch, Packed.from_stream(stream), stored.dtype)
             else:
-                bias = None if stored.bias is None else stored.bias.to(stored.dtype)
-                layer = PackedLinear(weight, bias, stored.scheme.activations)
+                bias, how = None if stored.bias is None else stored.bias.to(stored.dtype), stored.scheme.activations
+                layer = PackedLinear(Packed.from_stream(stream) if how else hold(stream, stored.dtype), bias, how)
                 model.set_submodule(name, layer.train(stored.training))
-        self.remember(model)
+        self.remember(settle(model))
         install(model, self.saved)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

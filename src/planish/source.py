@@ -90,13 +90,15 @@ class Source(ABC):
         """
         return self.tensors([name])[name]
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors, as `get` gives one; a file that holds more than one of them is opened once."""
-        found = {}
-        for name, tensor in self._read(names):
-            self._check_finite(name, tensor)
-            found[name] = tensor.detach().to("cpu", copy=True)
-        return found
+    def tensors(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Several tensors, as `get` gives one, on a device; a file that holds more than one of them is opened once."""
+        return {name: self._taken(name, tensor, device) for name, tensor in self._read(names)}
+
+    def _taken(self, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """A borrowed tensor as the caller's own; checked where it comes to, since a GPU looks through it faster."""
+        there = tensor.detach().to(device)
+        self._check_finite(name, there)
+        return there.to(dtype or tensor.dtype, copy=there.device == tensor.device)
 
     def load(
         self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None
@@ -118,9 +120,8 @@ class Source(ABC):
                 full = f"{prefix}.{name}" if prefix else name
                 wanted[self._ties.get(full, [full])[0]] = name, dtype or parameter.dtype
         for full, tensor in self._read(wanted):
-            self._check_finite(full, tensor)
             name, kind = wanted[full]
-            real = tensor.detach().to(device, kind if tensor.is_floating_point() else tensor.dtype, copy=True)
+            real = self._taken(full, tensor, device, kind if tensor.is_floating_point() else None)
             filled = nn.Parameter(real, requires_grad=False)
             put(module, name, filled)
             for tied in self._ties.get(full, ()):

@@ -23,6 +23,7 @@ from planish.fit.reconstruct import NORM, slot_groups
 from planish.fit.spans import Stage
 from planish.fit.whole import EndToEnd
 from planish.hf import attach
+from planish.kernels import siblings
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.quant import QLinear, Quantizer
@@ -79,7 +80,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             dtype, how = module.weight.dtype, module.activations
             _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, dtype, how))
     settle({name: module for name, module in model.named_modules() if parametrize.is_parametrized(module)})
-    return attach(model.requires_grad_(False))
+    return attach(siblings.settle(model.requires_grad_(False)))
 
 
 def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Parameter]]:
@@ -95,7 +96,8 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Par
         raise PlanishError(f"{stage.name} needs the embedding in 16 bits; quantize it last, with planish export")
     found: dict[str, list[nn.Parameter]] = {slot: [] for slot in stage.rates}
     for layer in packed.values():
-        slots = [slot for slot in stage.rates if slot != "zero" or layer.zero is not None]
+        layer.to_codes()
+        slots = [slot for slot in stage.rates if slot != "zero" or not layer.symmetric]
         for slot, parameter in layer.make_trainable(slots).items():
             found[slot].append(parameter)
     for slot, parameters in found.items():

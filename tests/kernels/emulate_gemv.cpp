@@ -71,6 +71,12 @@ static float shuffle(float value, int mask) {
     return value;
 }
 
+static void meet_cluster() { emulator::meet(emulator::cluster, 9); }
+
+static float remote(const float* at, int rank) {
+    return *(const float*)(emulator::memories[rank] + ((const char*)at - shared_memory()));
+}
+
 #include KERNEL
 
 extern "C" void run_gemv(
@@ -86,9 +92,11 @@ extern "C" void run_gemv(
         emulator::run(rows, 1, 512);
         x = (const u16*)ready.data();
     }
-    emulator::body = [=] { gemv(records, x, bias, y, sums, rows, in_features, out_features, tiles, steps, width); };
-    emulator::run(across, down, THREADS);
-    if (down == 1) return;
+    emulator::body = [=] {
+        gemv(records, x, bias, y, sums, rows, in_features, out_features, tiles, steps, width, down);
+    };
+    emulator::run(across * down, 1, THREADS, CLUSTER ? down : 1);
+    if (down == 1 || CLUSTER) return;
     emulator::body = [=] { combine(sums, bias, y, down, rows, out_features); };
     emulator::run((rows * out_features + 511) / 512, 1, 128);
 }

@@ -102,11 +102,11 @@ def pointer(tensor):
 KERNELS = [
     (2, 64, False, torch.bfloat16, Settings(1, 32, 1, 3), 2),
     (2, 32, True, torch.float16, Settings(1, 64, 2, 4), 3),
-    (3, 128, False, torch.float16, Settings(2, 32, 1, 2), 2),
+    (3, 128, False, torch.float16, Settings(2, 16, 1, 2), 2),
     (3, 64, True, torch.bfloat16, Settings(1, 32, 4, 4), 2),
     (4, 128, False, torch.bfloat16, Settings(2, 64, 2, 4), 2),
     (4, None, True, torch.float16, Settings(1, 128, 8, 4), 2),
-    (8, 32, False, torch.bfloat16, Settings(1, 32, 2, 5), 2),
+    (8, 32, False, torch.bfloat16, Settings(1, 16, 2, 5), 2),
     (8, 128, True, torch.float16, Settings(1, 256, 1, 2), 2),
 ]
 

@@ -24,6 +24,9 @@ each_grid = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asy
 
 GROUPS = [32, 64, 96, 128, 256, 512, None]
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a result; what is summed is nearer than this by far
+# tensor cores align a subnormal number, as codes are here, as if it were normal: an outlier of x costs the others of
+# its group up to ten places (9e-5 seen), still far below the rounding of a result
+ON_GPU = 2**-12
 CARDS = {  # capability: (multiprocessors, KiB of shared memory)
     (8, 0): (108, 164),
     (8, 6): (82, 100),
@@ -45,13 +48,13 @@ def activations(rows, width, dtype):
     return (x * torch.logspace(-3, 2 if dtype == torch.bfloat16 else 0, rows)[:, None]).to(dtype)
 
 
-def assert_near(y, x, q, bias):
+def assert_near(y, x, q, bias, summed=2**-16):
     weight = q.dequantize().double().to(x.device)
     expected, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias is not None:
         expected, size = expected + bias, size + bias.abs()
     worst = ((y.double() - expected).abs() - ROUNDING[y.dtype] * expected.abs()) / size
-    assert worst.max().item() <= 2**-16, worst.max().item()  # false for NaN
+    assert worst.max().item() <= summed, worst.max().item()  # false for NaN
 
 
 @each_bits
@@ -146,8 +149,9 @@ def emulator(tmp_path_factory):
     build = builder(tmp_path_factory.mktemp("emulator"), "gemv")
 
     def of(layout, dtype, settings, columns):
-        settings = settings._replace(overlap=False)
-        macros = cuda_gemv.macros(layout[:3], dtype == torch.bfloat16, settings, columns)
+        apart, settings = settings.apart, settings._replace(overlap=False)
+        # some are clusters, which has nothing to do with how x is prepared
+        macros = cuda_gemv.macros(layout[:3], dtype == torch.bfloat16, settings, columns, cluster=apart)
         return build(cuda_gemv.source(), macros).run_gemv
 
     return of
@@ -233,7 +237,7 @@ def test_on_a_gpu(bits, group, symmetric):
             x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0]).to(dtype).cuda()
             torch.full((4 * rows, shape[0]), float("nan"), device="cuda")  # what the allocator gives next
             y = cuda_gemv.multiply(x, records, bias, layout)
-            assert_near(y, x, q, bias)
+            assert_near(y, x, q, bias, ON_GPU)
             assert all(torch.equal(cuda_gemv.multiply(x, records, bias, layout), y) for _ in range(3))
 
 
@@ -273,7 +277,7 @@ def test_a_thread_of_its_own_may_decode():
     thread.start()
     thread.join()
     torch.cuda.synchronize()
-    assert_near(found[0], x, q, None)
+    assert_near(found[0], x, q, None, ON_GPU)
 
 
 @pytest.mark.gpu

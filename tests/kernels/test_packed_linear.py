@@ -119,6 +119,59 @@ def test_columns_in_another_order_multiply_as_the_weight_does(dtype, rows):
     assert layer.qtensor().equal(q) and layer.to(torch.bfloat16).order.dtype == torch.int32
 
 
+def test_is_held_as_records_or_as_codes(layer):
+    q, x = random_qtensor(16, 64), torch.randn(3, 64).bfloat16()
+    before = layer(x)
+    assert layer.to_records() and layer.to_records() and layer.qtensor().equal(q)
+    assert set(layer.state_dict()) == {"records", "bias"} and layer.codes is layer.scale is layer.zero is None
+    assert torch.equal(layer(x), functional.linear(x, q.dequantize(x.dtype), layer.bias))
+    assert (layer.scheme.bits, layer.scheme.symmetric) == (4, False) and repr(layer).endswith("as records)")
+    kept = copy.deepcopy(layer)
+    layer.to_codes()
+    assert layer.records is None and layer.qtensor().equal(q) and torch.equal(layer(x), before)
+    layer.load_state_dict(kept.state_dict())
+    assert layer.records is not None and layer.qtensor().equal(q)
+    layer.load_state_dict(PackedLinear.from_qtensor(random_qtensor(16, 64, seed=1), layer.bias, x.dtype).state_dict())
+    assert layer.records is None and layer.qtensor().equal(random_qtensor(16, 64, seed=1))
+
+
+def test_records_give_gradients_to_x_and_way_to_training(layer):
+    q, x = random_qtensor(16, 64), torch.randn(2, 64, requires_grad=True)
+    layer.to_records()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, q.dequantize().sum(0).expand_as(x))
+    assert layer.records is not None
+    made = layer.make_trainable(["scale", "zero"])
+    assert set(made) == {"scale", "zero"} and layer.records is None and not layer.to_records()
+    layer.freeze()
+    assert layer.qtensor().equal(q)
+
+
+def test_records_are_cast_and_leave_for_a_device_without_kernels(layer):
+    q = random_qtensor(16, 64)
+    layer.to_records()
+    assert layer.to(torch.float16).records is not None and layer.qtensor().equal(q)
+    assert layer.to("meta").records is None and layer.codes.is_meta and layer.scale.dtype == torch.float16
+
+
+def test_what_no_kernel_lays_out_stays_codes():
+    q = random_qtensor(16, 96, group=48)
+    layer = PackedLinear.from_qtensor(q, None, torch.bfloat16)
+    assert not layer.to_records() and layer.qtensor().equal(q)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_torch_compile_traces_records_whole(layer, rows, ordered):
+    q, x = random_qtensor(16, 64), torch.randn(rows, 64).bfloat16()
+    if ordered:
+        q = dataclasses.replace(q, order=torch.randperm(64).int())
+        layer = PackedLinear.from_qtensor(q, layer.bias, torch.bfloat16)
+    layer.to_records()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 @pytest.mark.parametrize("slots", [["scale"], ["zero"], ["scale", "zero"]], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_trained_is_what_freezing_keeps(layer, slots, dtype):

@@ -1,6 +1,6 @@
 """The command line: verbs, each a thin call of the Python API.
 
-    planish quantize | finetune | export | plan | recipes | eval | generate | info | report
+    planish quantize | finetune | export | plan | recipes | eval | generate | bench | info | report
 
 What a user can mend is one line on stderr and exit status 2. This folder knows nothing of methods, formats or models.
 """

@@ -23,6 +23,7 @@ Take a Hugging Face language model to 2, 3 or 4 bits.
   planish finetune q2 --data chats.jsonl --out q2-tuned
   planish eval q4 --ppl wiki.test.raw
   planish generate q4 "What is a planishing hammer?"
+  planish bench q4 --dense
   planish export q4 --target vllm --out q4-vllm
   planish report q4 q2 --out report.html
 
@@ -39,6 +40,7 @@ def optional(text: str, **more: Any) -> Any:
 ModelName = Annotated[str, Argument(metavar="MODEL")]
 Folder = Annotated[str, Argument(metavar="DIR", help="A folder or hub id, quantized or not.")]
 Device = Annotated[str | None, optional("cpu, cuda, cuda:1; the GPU if there is one.")]
+Compiled = Annotated[bool, Option("--compile", help="Compile the blocks first; pays for long answers.")]
 Seqlen = Annotated[int, Option(help="Tokens of a window.")]
 Pairs = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_default=False)]
 RecipeName = Annotated[str, Option(help="Method by name, or ./mine.py:function.")]

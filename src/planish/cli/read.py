@@ -1,5 +1,6 @@
-"""Verbs that read: recipes, eval, generate, info, report."""
+"""Verbs that read: recipes, eval, generate, bench, info, report."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from planish.cli.app import Device, Folder, Seqlen, app, optional
+from planish.cli.app import Compiled, Device, Folder, Seqlen, app, optional
 from planish.cli.show import say, show_linears, show_recipe, size
 from planish.errors import PlanishError
 
@@ -73,6 +74,7 @@ def generate(
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
     raw: Annotated[bool, Option("--raw", help="Continue the prompt, without a chat template.")] = False,
     seed: Annotated[int, Option(help="Of the sampling.")] = 0,
+    compiled: Compiled = False,
     device: Device = None,
 ) -> None:
     """Answer a prompt.
@@ -91,11 +93,49 @@ def generate(
     if tokenizer is None:
         raise PlanishError(f"{folder} has no tokenizer; copy the tokenizer files of the original model into it")
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = prompt_ids(tokenizer, prompt, raw=raw).to(loaded.device)
-    with torch.no_grad():
-        output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling)
+    output = planish.generate(loaded, ids, new_tokens=tokens, temperature=max(temperature, 0.0), compiled=compiled)
     say(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@app.command(no_args_is_help=True)
+def bench(
+    folder: Folder,
+    batch: Annotated[str | None, optional("Prompts at a time, such as 1,8,32; on a CPU 1.")] = None,
+    prompt: Annotated[int | None, optional("Tokens of a prompt: 128, on a CPU 32.")] = None,
+    new: Annotated[int | None, optional("Tokens of an answer: 128, on a CPU 32.")] = None,
+    dense: Annotated[bool, Option("--dense", help="Beside it the same model with 16-bit weights.")] = False,
+    compiled: Compiled = False,
+    out: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the figures there too.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure speed: tokens a second, time to the first token, memory, share of the memory's bandwidth.
+
+    \b
+      planish bench q4
+      planish bench q4 --batch 1,8,32 --dense --compile
+    """
+    import planish
+    from planish import bench as benches
+
+    loaded = planish.load(folder, device=device)
+    small = loaded.device.type == "cpu"
+    batches = counts(batch or ("1" if small else "1,8,32"), "--batch")
+    asked: Any = {
+        "batches": batches,
+        "prompt": prompt or (32 if small else 128),
+        "new": new or (32 if small else 128),
+        "compiled": compiled,
+    }
+    found = benches.bench(loaded, **asked)
+    say("\n".join(found.lines()))
+    figures = {"model": str(folder), **found.figures()}
+    if dense:
+        beside = benches.bench(benches.dense(loaded), **asked, speed_of_memory=found.bandwidth)
+        say("\n".join(["with 16-bit weights", *beside.lines()]))
+        figures["dense"] = beside.figures()
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 @app.command(no_args_is_help=True)
@@ -132,6 +172,14 @@ def report(
     from planish.report import write_report
 
     say(f"wrote {write_report(folders, out)}")
+
+
+def counts(text: str, option: str) -> list[int]:
+    """1,8,32 as numbers."""
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise PlanishError(f"{option} {text!r} isn't a list of counts; write it as 1,8,32")
+    return [int(word) for word in words]
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> Any:

@@ -14,13 +14,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from planish.kernels import cpu, reference, train
+from planish.kernels import cpu, cuda_gemv, reference, train
 from planish.kernels.pack import Packed
 
 if find_spec("triton"):
     from planish.kernels import fakequant, triton_int8, triton_train  # noqa: F401  (they register themselves for CUDA)
 
-KERNELS = {"cpu": cpu, "train": train, "reference": reference}
+KERNELS = {"cpu": cpu, "cuda_gemv": cuda_gemv, "train": train, "reference": reference}
 
 
 def choose(weight: Packed, x: Tensor) -> ModuleType:

@@ -7,13 +7,16 @@
 // half with a zero exponent are the number Q * 2^(p - 24), exactly. x is brought to fp16 by a power of two for
 // each row, which loses nothing, and divided by 2^p; each block does that for itself, or `bring` once for all. So
 // tensor cores multiply codes by x, and sum in fp32. Scale and zero enter once a group. The warps of a team share a
-// strip's inputs, and blocks may share them too; their sums are added in a fixed order, the latter's by `combine`.
+// strip's inputs, and blocks may share them too; their sums are added in a fixed order, the latter's by `combine`, or by
+// those of a cluster for each other.
 //
 // Compiled as cuda_records.cu says, which comes before this, and for COLUMNS (1, 8, 16: the most rows of x), WARPS and
 // TEAMS of a block, STAGES of the ring, BLOCKS on a multiprocessor, TALL (tiles of a strip, which a warp takes at
-// once), APART (1: x comes from `bring`). Knows nothing of torch, and includes nothing.
+// once), APART (1: x comes from `bring`), CLUSTER (1: blocks that share a strip are one). Knows nothing of torch, and
+// includes nothing.
 
 constexpr int THREADS = 32 * WARPS, MEMBERS = WARPS / TEAMS, HEIGHT = TALL * TILE;  // a strip's outputs
+constexpr int PITCH = HEIGHT + 4;                           // numbers from a column's sums to the next, in other banks
 constexpr int MMAS = COLUMNS > 8 ? 2 : 1;                   // of 8 columns each
 constexpr int CHAINS = TALL * MMAS > 2 ? 1 : 2;             // sums of a group, so that an mma waits for few others
 constexpr float UNIT = 1.0f / 16777216.0f;                  // what a 1 in the last place of a half is worth: 2^-24
@@ -38,6 +41,18 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         "{%10, %11, %12, %13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// a number in the shared memory of a block of the cluster, where `at` is in this one's
+__device__ __forceinline__ float remote(const float* at, int rank) {
+    float value;
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];}"
+                 : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
@@ -233,22 +248,23 @@ extern "C" __global__ void __launch_bounds__(512) bring(
 }
 
 // records: [tiles, steps, RECORD] bytes; x: [rows, in_features], or what `bring` made of it; y: [rows, out_features].
-// A block of gridDim.y takes `width` steps of every tile; if there are several, sums: fp32 [gridDim.y, rows,
-// out_features] takes their results
+// Of `slices` neighbouring blocks each takes `width` steps of every tile; unless they are a cluster, sums: fp32 [slices,
+// rows, out_features] takes their results
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     const char* records, const u16* x, const u16* bias, u16* y, float* sums_out, int rows, int in_features,
-    int out_features, int tiles, int steps, int width) {
+    int out_features, int tiles, int steps, int width, int slices) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / MEMBERS, member = warp % MEMBERS;
-    const int first = blockIdx.y * width, last = min(first + width, steps), strips = (tiles + TALL - 1) / TALL;
+    const int slice = blockIdx.x % slices, place = blockIdx.x / slices, across = gridDim.x / slices;
+    const int first = slice * width, last = min(first + width, steps), strips = (tiles + TALL - 1) / TALL;
     const int stride = width * 2 * STEP + 64;  // rows of x lie in other banks
     char* ring = shared_memory() + warp * STAGES * TALL * RECORD;
     char* staged = shared_memory() + WARPS * STAGES * TALL * RECORD;
     float* sums = (float*)(staged + rows * stride);
-    float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, HEIGHT, COLUMNS]
-    u32* peaks = (u32*)(parts + 2 * WARPS * HEIGHT * COLUMNS);
+    float* parts = sums + width * GROUPS * COLUMNS;  // of warps: [2, WARPS, COLUMNS, PITCH]
+    u32* peaks = (u32*)(parts + 2 * WARPS * COLUMNS * PITCH);
     if (!APART && threadIdx.x < 16) peaks[threadIdx.x] = 0;
 
-    int next_strip = blockIdx.x * TEAMS + team, next_step = first + member;
+    int next_strip = place * TEAMS + team, next_step = first + member;
     auto fetch_next = [&](int slot) {
         if (next_strip < strips && next_step < last) {
             for (int r = 0; r < TALL; r++) {
@@ -260,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
                 if (16 * lane < SCALES + ZEROS) fetch(to + CODES, from + CODES);
             }
             next_step += MEMBERS;
-            if (next_step >= last) next_step = first + member, next_strip += gridDim.x * TEAMS;
+            if (next_step >= last) next_step = first + member, next_strip += across * TEAMS;
         }
         commit();
     };
@@ -275,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     for (int n = 0; n < MMAS; n++)
         columns[n] = staged + (COLUMNS == 1 ? 0 : min(8 * n + lane / 4, rows - 1)) * stride + lane % 4 * 16;
     int slot = 0, turn = 0;
-    for (int strip = blockIdx.x * TEAMS; strip < strips; strip += gridDim.x * TEAMS, turn ^= 1) {
+    for (int strip = place * TEAMS; strip < strips; strip += across * TEAMS, turn ^= 1) {
         float total[TALL][MMAS][4] = {};
         for (int step = strip + team < strips ? first + member : last; step < last; step += MEMBERS) {
             wait<STAGES - 2>();
@@ -286,27 +302,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
             multiply(ring + slot * TALL * RECORD, at, sums + (step - first) * GROUPS * COLUMNS, lane, total);
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
-        float* own = parts + ((turn * WARPS + warp) * HEIGHT + lane / 4) * COLUMNS;
+        float* own = parts + (turn * WARPS + warp) * COLUMNS * PITCH + lane / 4;
         for (int r = 0; r < TALL; r++)
             for (int n = 0; n < MMAS; n++)
                 for (int i = 0; i < 4; i++)
                     if (COLUMNS > 1 || (lane % 4 == 0 && i % 2 == 0))
-                        own[(r * TILE + i / 2 * 8) * COLUMNS + (COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2)] =
+                        own[(COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2) * PITCH + r * TILE + i / 2 * 8] =
                             total[r][n][i];
-        __syncthreads();
-        for (int i = threadIdx.x; i < TEAMS * HEIGHT * rows; i += THREADS) {
+        if (CLUSTER) meet_cluster();
+        else __syncthreads();
+        const int share = CLUSTER ? slice : 0, sharers = CLUSTER ? slices : 1;  // of what is added up
+        for (int i = share * THREADS + threadIdx.x; i < TEAMS * HEIGHT * rows; i += sharers * THREADS) {
             const int m = i / (TEAMS * HEIGHT), output = i % (TEAMS * HEIGHT), n = strip * HEIGHT + output;
             if (n >= out_features) continue;
             const float* part =
-                parts + ((turn * WARPS + output / HEIGHT * MEMBERS) * HEIGHT + output % HEIGHT) * COLUMNS + m;
+                parts + ((turn * WARPS + output / HEIGHT * MEMBERS) * COLUMNS + m) * PITCH + output % HEIGHT;
             float value = 0.0f;
-            for (int w = 0; w < MEMBERS; w++) value += part[w * HEIGHT * COLUMNS];
+            for (int other = 0; other < sharers; other++)
+                for (int w = 0; w < MEMBERS; w++) {
+                    const float* at = part + w * COLUMNS * PITCH;
+                    value += CLUSTER ? remote(at, other) : *at;
+                }
             value *= power_for(peaks[m], true);
             const long long at = (long long)m * out_features + n;
-            if (gridDim.y > 1) sums_out[(long long)blockIdx.y * rows * out_features + at] = value;
+            if (!CLUSTER && slices > 1) sums_out[(long long)slice * rows * out_features + at] = value;
             else y[at] = rounded(value + (bias ? widened(bias[n]) : 0.0f));
         }
     }
+    if (CLUSTER) meet_cluster();  // others may still read what this block has
     wait<0>();
 }
 

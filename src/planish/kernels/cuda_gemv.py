@@ -12,6 +12,7 @@ Groups: any that 32 divides, and whole rows. sm_80 and later. Knows nothing of l
 
 import ctypes
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 
 MAX_ROWS = 16
-TOLERANCE = 2**-8  # of |x| |W_hat|^T, element by element
+TOLERANCE = 2**-8  # of |x| |W_hat|^T, element by element; of what the kernel sums 2^-12
 DTYPES = (torch.bfloat16, torch.float16)
 RESERVED = 1024  # bytes of shared memory that a block takes for itself
 BRINGERS = 512  # threads that prepare a row of x
@@ -52,11 +53,12 @@ class Card(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel's shape: settings that fit, columns it is compiled for, records of a tile that a block takes, blocks
-    (across strips, across those records), bytes of shared memory."""
+    """A kernel's shape: settings that fit, columns it is compiled for, whether blocks that share a strip are a cluster,
+    records of a tile that a block takes, blocks (across strips, across those records), bytes of shared memory."""
 
     settings: Settings
     columns: int
+    cluster: bool
     width: int
     grid: tuple[int, int]
     shared: int
@@ -190,19 +192,20 @@ def multiply(
     card = card_of(device.index or 0)
     shape = plan(layout, rows, card, settings or settings_for(layout, rows, card.capability))
     slices, (warps, *_, apart, overlap) = shape.grid[1], shape.settings
-    sums = x.new_empty(slices, *y.shape, dtype=torch.float32) if slices > 1 else None
+    alone = slices == 1 or shape.cluster
+    sums = None if alone else x.new_empty(slices, *y.shape, dtype=torch.float32)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     with torch.cuda.device(device):
-        kernels = _kernels(device.index or 0, layout[:3], x.dtype == torch.bfloat16, shape[:2], shape.shared)
+        kernels = _kernels(device.index or 0, layout[:3], x.dtype == torch.bfloat16, shape[:3], shape.shared)
         if apart:
             ready = records.new_empty(ready_bytes(layout, rows, shape.columns))
             sizes: tuple[int, ...] = rows, layout.in_features, layout.steps
             nvrtc.launch(kernels["bring"], (rows, 1), BRINGERS, 16, [x, ready, *sizes], overlap)
             x = ready
-        sizes = rows, layout.in_features, layout.out_features, layout.tiles, layout.steps, shape.width
-        nvrtc.launch(
-            kernels["gemv"], shape.grid, 32 * warps, shape.shared, [records, x, bias, y, sums, *sizes], overlap
-        )
+        sizes = rows, layout.in_features, layout.out_features, layout.tiles, layout.steps, shape.width, slices
+        given, blocks = [records, x, bias, y, sums, *sizes], (math.prod(shape.grid), 1)
+        cluster = slices if shape.cluster else 1
+        nvrtc.launch(kernels["gemv"], blocks, 32 * warps, shape.shared, given, overlap, cluster)
         if sums is not None:
             parts = [sums, bias, y, slices, rows, layout.out_features]
             nvrtc.launch(kernels["combine"], (-(-y.numel() // 512), 1), 128, 0, parts, overlap)
@@ -226,7 +229,7 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     settings = settings._replace(overlap=overlap, apart=settings.apart and columns > 1)
     while True:
         warps, teams, stages, blocks, tall, *_ = settings
-        fixed = warps * tall * (stages * sum(layout.sizes) + 2 * 64 * columns) + 64 * rows + 64
+        fixed = warps * (tall * stages * sum(layout.sizes) + 32 * columns * (4 * tall + 1)) + 64 * rows + 64
         room = card.shared // blocks - RESERVED - fixed
         if room >= each * min(layout.steps, warps // teams):
             break
@@ -238,7 +241,9 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     slices = -(-layout.steps // width)
     width = -(-layout.steps // slices)
     across = min(groups, max(1, parallel // slices))
-    return Launch(settings, columns, width, (across, slices), fixed + each * width)
+    # a cluster of two always finds two processors side by side, larger ones leave some idle
+    cluster = slices == 2 and card.capability == (9, 0)
+    return Launch(settings, columns, cluster, width, (across, slices), fixed + each * width)
 
 
 def _smaller(settings: Settings) -> Settings:
@@ -278,10 +283,12 @@ def _runs_on(device: int) -> bool:
     return capability >= (8, 0) and f"sm_{capability[0]}{capability[1]}" in nvrtc.targets()
 
 
-def macros(layout: tuple[int, int, bool], bf16: bool, settings: Settings, columns: int) -> dict[str, int]:
+def macros(
+    layout: tuple[int, int, bool], bf16: bool, settings: Settings, columns: int, cluster: bool = False
+) -> dict[str, int]:
     """What cuda_gemv.cu is compiled for; `layout` is bits, group, has_zero."""
-    names = "WARPS", "TEAMS", "STAGES", "BLOCKS", "TALL", "APART", "COLUMNS"
-    cut = {name: int(value) for name, value in zip(names, (*settings[:6], columns), strict=True)}
+    names = "WARPS", "TEAMS", "STAGES", "BLOCKS", "TALL", "APART", "COLUMNS", "CLUSTER"
+    cut = {name: int(value) for name, value in zip(names, (*settings[:6], columns, cluster), strict=True)}
     return cuda_records.macros(layout, bf16, settings.overlap) | cut
 
 
@@ -292,7 +299,7 @@ def source() -> str:
 
 @functools.cache
 def _kernels(
-    device: int, layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int], shared: int
+    device: int, layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int, bool], shared: int
 ) -> dict[str, ctypes.c_void_p]:
     code = _compiled(layout, bf16, shape, card_of(device).capability)
     needed = {"bring": 0, "gemv": shared, "combine": 0}
@@ -301,7 +308,7 @@ def _kernels(
 
 @functools.cache
 def _compiled(
-    layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int], capability: tuple[int, int]
+    layout: tuple[int, int, bool], bf16: bool, shape: tuple[Settings, int, bool], capability: tuple[int, int]
 ) -> bytes:
     target = f"sm_{capability[0]}{capability[1]}"
     return nvrtc.compile_source(source(), macros(layout, bf16, *shape), target)

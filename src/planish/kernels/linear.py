@@ -2,25 +2,31 @@
 
     y = x W_hat^T + b,   W_hat = s * (Q - z) + o
 
-Which kernel multiplies is chosen call by call (`planish.kernels.choose`). A kernel that wants the weight in
-a layout of its own makes it at its first call. Where the codes' columns have an order of their own, x is put
-in that order first, and no kernel knows. Scale and zero can be made trainable, the codes never are.
-Knows nothing of how the codes were found, nor of files.
+The weight is held as codes, with scale and zero beside them, or as records, which decode kernels read
+(`to_records`, `to_codes`); never as both. Of codes, which kernel multiplies is chosen call by call
+(`planish.kernels.choose`); one that wants the weight in a layout of its own makes it at its first call. Where the
+codes' columns have an order of their own, x is put in that order first, and no kernel knows. Scale and zero can
+be made trainable, the codes never are. Knows nothing of how the codes were found, nor of files.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
 from planish.kernels import choose, int8, train
+from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
+from planish.kernels.records import Records, Weight, multiply
 from planish.qtensor import PARTS, QTensor, store
 from planish.quant.activation import fake_quantize_tokens
 from planish.scheme import Activations, Scheme
+
+if TYPE_CHECKING:
+    from planish.kernels.siblings import Siblings
 
 SLOTS = ("scale", "zero")
 
@@ -43,18 +49,22 @@ class PackedLinear(nn.Module):
     offset: Tensor | None
     order: Tensor | None
     bias: Tensor | None
+    records: Tensor | None
+    layout: Layout | None
 
     def __init__(
-        self, weight: Packed, bias: Tensor | None = None, activations: Activations | None = None
+        self, weight: Weight, bias: Tensor | None = None, activations: Activations | None = None
     ) -> None:
         super().__init__()
         self.activations = activations
-        self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bits, self.group_size = weight.bits, weight.group_size
-        for name in PARTS:
-            self.register_buffer(name, getattr(weight, name))
+        about: Any = weight.layout if isinstance(weight, Records) else weight
+        self.in_features, self.out_features, self.bits = about.in_features, about.out_features, about.bits
+        self.group_size = weight.group_size
+        self.symmetric = not about.has_zero if isinstance(weight, Records) else weight.zero is None
+        for name in (*PARTS, "records"):
+            self.register_buffer(name, None)
         self.register_buffer("bias", bias)
-        self._cache: dict[str, Tensor] = {}
+        self._hold(weight)
 
     @classmethod
     def from_qtensor(
@@ -69,6 +79,32 @@ class PackedLinear(nn.Module):
             activations: how those are rounded.
         """
         return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype), activations)
+
+    def _hold(self, weight: Weight) -> None:
+        """Take a weight in the place of what is held."""
+        self.records, self.layout = (weight.tiles, weight.layout) if isinstance(weight, Records) else (None, None)
+        for name in PARTS:
+            setattr(self, name, getattr(weight, name, None))
+        self.siblings: Siblings | None = None
+        self.span: tuple[int, int] | None = None  # of its outputs among the siblings'
+        self._cache: dict[str, Tensor] = {}
+
+    def to_records(self) -> bool:
+        """Hold the weight as records, for inference; a weight that can't be, or is trained, or is multiplied by rounded
+        inputs, stays as it is.
+
+        Returns:
+            whether it is held so now.
+        """
+        free = self.records is None and not self.trainable and self.activations is None
+        if free and (records := Records.of(self.packed)):
+            self._hold(records)
+        return self.records is not None
+
+    def to_codes(self) -> None:
+        """Hold the weight as codes, scale and zero; bit for bit those that records were made of."""
+        if self.records is not None:
+            self._hold(self.packed)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -92,8 +128,9 @@ class PackedLinear(nn.Module):
         for slot in slots:
             if slot not in SLOTS:
                 raise PlanishError(f"a packed layer can't train {slot!r}; {nearest(slot, SLOTS)}")
-            if getattr(self, slot) is None:
+            if slot == "zero" and self.symmetric:
                 raise PlanishError(f"a symmetric grid has no {slot} to train; quantize with an asymmetric scheme")
+        self.to_codes()
         self._cache = {}
         for slot in slots:
             if slot not in self.trainable:
@@ -104,6 +141,8 @@ class PackedLinear(nn.Module):
 
     def freeze(self) -> None:
         """Turn parameters back into buffers, fp16 and uint8, that hold what the forward multiplied by."""
+        if not self.trainable:
+            return
         weight = self.packed
         for slot in self.trainable:
             delattr(self, slot)
@@ -117,13 +156,15 @@ class PackedLinear(nn.Module):
         return Scheme(
             bits=self.bits,
             group_size=None if whole else self.group_size,
-            symmetric=self.zero is None,
+            symmetric=self.symmetric,
             activations=self.activations,
         )
 
     @property
     def packed(self) -> Packed:
         """The weight as `freeze` would leave it, detached."""
+        if self.records is not None:
+            return Packed.from_qtensor(self.qtensor())
         weight = self._weight(self.scale.detach(), None if self.zero is None else self.zero.detach())
         zero = None if weight.zero is None else weight.zero.to(torch.uint8)
         return replace(weight, scale=weight.scale.half(), zero=zero, order=self.order)
@@ -147,19 +188,38 @@ class PackedLinear(nn.Module):
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit; of a trained layer what it has become."""
+        if self.records is not None:
+            assert self.layout is not None
+            found = Records(tiles=self.records, layout=self.layout, group_size=self.group_size, order=self.order)
+            return found.qtensor()
         return self.packed.qtensor()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
-        if self.order is not None and (self.activations is None or not self.activations.turned):
-            x = x.index_select(-1, self.order)
-        weight = self._weight(self.scale, self.zero)
         if self.activations is not None:
-            if not self.trainable and int8.supports(weight, self.activations, x):
-                return int8.matmul(x, weight, self.activations, self.bias, self._cache)
-            x = fake_quantize_tokens(x, self.activations)
+            return self._rounded(x, self.activations)
+        learns = train.supports(None, x)
+        if self.siblings is not None and not learns:
+            return self.siblings.product(self, x)
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if self.records is not None and not learns:
+            assert self.layout is not None
+            return multiply(x, self.records, self.layout, self.bias)
+        weight = self._weight(self.scale, self.zero) if self.records is None else replace(self.packed, order=None)
         kernel = train if self.trainable else choose(weight, x)
         return kernel.matmul(x, weight, self.bias, self._cache)
+
+    def _rounded(self, x: Tensor, how: Activations) -> Tensor:
+        """The product of rounded inputs: of integers where that can be."""
+        if self.order is not None:
+            assert not how.turned, "what is turned has no columns of its own"
+            x = x.index_select(-1, self.order)
+        weight = self._weight(self.scale, self.zero)
+        if not self.trainable and int8.supports(weight, how, x):
+            return int8.matmul(x, weight, how, self.bias, self._cache)
+        x = fake_quantize_tokens(x, how)
+        return (train if self.trainable else choose(weight, x)).matmul(x, weight, self.bias, self._cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         def move(tensor: Tensor) -> Tensor:
@@ -168,18 +228,34 @@ class PackedLinear(nn.Module):
             return moved if kept else tensor.to(moved.device)
 
         self._cache = {}
-        return super()._apply(move, recurse)
+        if self.records is not None:
+            here, there = self.records.device.type, fn(self.records.new_empty(0)).device.type
+            if there not in (here, "cuda"):
+                self.to_codes()  # elsewhere no kernel reads records
+        before = self.records
+        super()._apply(move, recurse)
+        if self.records is not before:
+            self.siblings = None
+        return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._cache = {}
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        if f"{prefix}codes" in state_dict:
+            self.to_codes()
+        elif f"{prefix}records" in state_dict:
+            self.to_records()
+        before = self.records
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.records is not before:
+            self.siblings = None
 
     def extra_repr(self) -> str:
-        grid = "symmetric" if self.zero is None else "asymmetric"
+        grid = "symmetric" if self.symmetric else "asymmetric"
         trained = f", trains {' and '.join(self.trainable)}" if self.trainable else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, {grid}, bias={self.bias is not None}{trained}"
+            f"{', as records' if self.records is not None else ''}"
         )
 
 

@@ -23,7 +23,7 @@ from planish.qtensor import midpoint, to_groups
 BLOCK = 2**20  # weights whose gradient exists at a time: 4 MiB, and as much again for its products
 
 
-def supports(weight: Packed, x: Tensor) -> bool:
+def supports(weight: Packed | None, x: Tensor) -> bool:
     """Whatever needs a gradient for x: the weight may be frozen."""
     return torch.is_grad_enabled() and x.requires_grad
 

@@ -102,8 +102,8 @@ class RotatedSource(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.base.tokenizer()
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._stored(name)) for name, tensor in super().tensors(names).items()}
+    def tensors(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return {name: tensor.to(self._stored(name)) for name, tensor in super().tensors(names, device).items()}
 
     def _stored(self, name: str) -> torch.dtype:
         try:
