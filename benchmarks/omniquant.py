@@ -89,7 +89,7 @@ def quality(args: argparse.Namespace, device: str, keep: Callable[[dict], None])
         for name, ids in texts.items():
             row[f"{name}_perplexity"] = round(planish.perplexity(made, ids, limit=limit, seqlen=seqlen), 3)
         if args.tasks and (setting in ROUNDED or setting == "16-bit"):
-            row["tasks"] = zero_shot.scores(made, tokenizer, args.tasks, 2 if args.tiny else None)
+            row["tasks"] = zero_shot.scores(made, tokenizer, args.tasks, 2 if args.tiny else args.questions)
         keep({"setting": setting, **row})
         del made
 
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--questions", type=int, help="of each task, all if not given")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--settings", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")

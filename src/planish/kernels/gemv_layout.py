@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(weight: Packed) -> Layout | None:
-    """How a weight would be laid out; None if it can't be: 6 bits, an offset, or groups that no multiple of 32 divides."""
+    """How a weight would be laid out; None if it can't be: 6 bits, an offset, groups that no 32 divides."""
     whole = weight.group_size >= weight.in_features
     group = STEP if whole else math.gcd(weight.group_size, STEP)
     if weight.bits not in BITS or weight.offset is not None or group < 32:
