@@ -49,12 +49,15 @@ SETTINGS = [
 ROUNDED = [
     *[f"{recipe}:w6a6asym" for recipe in ("rtn", "smoothquant", "omniquant", "rotate+omniquant")],
     *[f"{recipe}:w4a4asym" for recipe in ("rtn", "smoothquant", "rotate+rtn", "omniquant")],
+    "smoothquant:w4a4asym@down_proj=w4a4hasym",
+    "omniquant:w4a4asym@down_proj=w4a4hasym",
+    "omniquant:w4a4asym:alpha=0.75",
     "omniquant:w4a4asym:preset=w4a4",
     "rotate+omniquant:w4a4asym",
     "rotate+rtn:w4a4asym@down_proj=w4a4hasym",
     "rotate+omniquant:w4a4asym@down_proj=w4a4hasym",
     "rotate+signround:w4a4asym@down_proj=w4a4hasym",
-    *[f"omniquant:{scheme}" for scheme in ("w8a8", "w4a8asym")],
+    *[f"omniquant:{scheme}" for scheme in ("w8a8", "w4a8asym", "w4a4kv4asym")],
 ]
 EPOCHS, SAMPLES = 20, 128
 
