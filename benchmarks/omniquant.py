@@ -1,13 +1,12 @@
-"""OmniQuant and what goes with it: quality on SmolLM2, time and memory of large blocks, integer products.
+"""OmniQuant and what goes with it: quality on SmolLM2, time and memory of large blocks.
 
-    python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 [--tasks DIR] [--parts quality,blocks,products] [--tiny]
+    python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 [--tasks DIR] [--parts quality,blocks] [--tiny]
 
 quality   perplexity on validation and test text after calibration on the same 128 windows as every peer: clipping
           alone at equal tokens and epochs, with channels scaled too, and with activations rounded beside RTN,
           SmoothQuant and rotation alone; with --tasks the mean of seven zero-shot tasks of those.
 blocks    one block of Llama-2-7B and of Llama-2-70B shape: seconds of the fit at 128 x 2048 tokens and 20 epochs,
           from a long and a short fit, and its peak memory; and the loop written plainly in PyTorch, one sample a step.
-products  8192 x 8192: bf16 by cuBLAS, int8 by torch alone, and ours with tokens rounded.
 
 --tiny is a dry run on a CPU. Settings may be named behind --settings, those of SETTINGS if not.
 """
@@ -29,11 +28,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 import planish
-from planish.kernels import int8
-from planish.kernels.pack import Packed
 from planish.log import Event, versions
-from planish.qtensor import QTensor
-from planish.scheme import Activations
 
 # recipe:scheme[:key=value,...]; layers as REGEX=SCHEME behind a @
 CLIP = ["w4g128asym", "w3g128asym", "w2g128asym", "w2g64asym"]
@@ -51,7 +46,7 @@ ROUNDED = [
     *[f"{recipe}:w4a4asym" for recipe in ("rtn", "smoothquant", "rotate+rtn", "omniquant")],
     "smoothquant:w4a4asym@down_proj=w4a4hasym",
     "omniquant:w4a4asym@down_proj=w4a4hasym",
-    "omniquant:w4a4asym:alpha=0.75",
+    "omniquant:w4a4asym:alpha=0.5",
     "omniquant:w4a4asym:preset=w4a4",
     "rotate+omniquant:w4a4asym",
     "rotate+rtn:w4a4asym@down_proj=w4a4hasym",
@@ -184,30 +179,7 @@ def blocks(args: argparse.Namespace, device: str, keep: Callable[[dict], None]) 
             del model
 
 
-def products(args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
-    size = 256 if args.tiny else 8192
-    for bits, act in ((8, 8), (4, 4), (6, 6)):
-        codes = torch.randint(0, 2**bits, (size, size), dtype=torch.uint8, device=device)
-        scale = (torch.rand(size, 1, device=device) / 2**bits / size**0.5).half()
-        weight = Packed.from_qtensor(QTensor(codes=codes, scale=scale, zero=None, bits=bits, group_size=size))
-        dense, wide = weight.qtensor().dequantize(torch.bfloat16), int8.widened(weight)
-        for rows in (16, 256, 4096):
-            x = torch.randn(rows, size, device=device, dtype=torch.bfloat16)
-            how, cache = Activations(bits=act), dict[str, Tensor]()
-            found = int8.int8_rows(x, act, False)
-            ways: dict[str, Callable[[], Any]] = {
-                "bf16": lambda x=x, dense=dense: functional.linear(x, dense),
-                "int8 alone": lambda found=found, wide=wide: int8.product(found[0], wide[0]),
-                "rounding": lambda x=x, act=act: int8.int8_rows(x, act, False),
-                "ours": lambda x=x, weight=weight, how=how, cache=cache: int8.matmul(x, weight, how, None, cache),
-            }
-            times = 3 if args.tiny else 50
-            micro = {name: round(1e6 * block_ap.timed(run, times, device), 1) for name, run in ways.items()}
-            keep({"scheme": f"w{bits}a{act}", "rows": rows, "microseconds": micro,
-                  "ours_over_bf16": round(micro["bf16"] / micro["ours"], 3)})  # fmt: skip
-
-
-PARTS = {"quality": quality, "blocks": blocks, "products": products}
+PARTS = {"quality": quality, "blocks": blocks}
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def test_laws_1_2_and_5_hold_for_the_family(tmp_path: Path, family: str, scheme:
     model, events = tiny(family), list[Event]()
     ids = torch.randint(1, 64, (12, 16), generator=torch.Generator().manual_seed(0))
     asked: dict[str, Any] = {"data": ids, "samples": 12, "seqlen": 16, "device": "cpu", "steps": 12, "holdout": 3}
-    asked |= {"let": True, "span": 1}
+    asked |= {"let": True, "span": 1, "alpha": 0.5}  # random models have no outliers
     made = planish.quantize(model, "omniquant", scheme, progress=events.append, **asked)
     fitted = [(event.before, event.after) for event in events if event.before is not None]
     assert len(fitted) == 2 and all(after <= before for before, after in fitted if after is not None)

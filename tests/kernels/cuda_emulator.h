@@ -26,6 +26,7 @@
 #define __grid_constant__
 #define __align__(size) alignas(size)
 
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x, y; };

@@ -120,7 +120,7 @@ def test_the_kernels_source_matches_the_reference(build, bits, group, symmetric,
         layout = layout_of(weight)
         macros = cuda_gemm.macros(layout[:3], dtype == torch.bfloat16, settings, stages)
         run = build["gemm"](cuda_gemm.source(settings.columns, dtype == torch.bfloat16), macros).run_gemm
-        pieces = cuda_gemm._pieces(layout, rows, settings)
+        pieces = cuda_gemm.pieces_of(layout, rows, settings)
         ways = [(True, False), (False, True)] if number else [(False, False)]
         for early, backwards in ways:
             y = emulate(run, x, weight, bias, pieces * settings.split if settings.split > 1 else 2, early, backwards)
@@ -162,7 +162,7 @@ def test_launches_fit_and_their_blocks_suffice(bits):
         for settings in cuda_gemm.candidates():
             launch = cuda_gemm.plan(layout, rows, HOPPER, settings)
             assert launch.shared <= HOPPER.shared - cuda_gemm.RESERVED and launch.records >= 2
-            pieces = cuda_gemm._pieces(layout, rows, settings)
+            pieces = cuda_gemm.pieces_of(layout, rows, settings)
             split = settings.split
             assert launch.grid == pieces * split if split > 1 else 0 < launch.grid <= min(pieces, HOPPER.processors)
         assert cuda_gemm.default_settings(layout, rows, HOPPER) in set(cuda_gemm.candidates())

@@ -3,9 +3,9 @@
     y = x W_hat^T + b,   W_hat = s (Q - z) rounded once to the dtype of x, as the reference rounds it
 
 So a GPU holds a weight once, for decoding and for prefill. On a Hopper GPU the product is a kernel in CUDA C++
-(cuda_gemm.cu, which says how it works); elsewhere, and where a table says so, W_hat is decoded by another
-(`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run time.
-Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
+(cuda_gemm.cu and cuda_hopper.cu, which say how it works); elsewhere, and where a table says so, W_hat is decoded by
+another (`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run
+time. Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
 """
 
 import ctypes
@@ -135,12 +135,12 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     assert records >= 2, "settings that no card has room for"
     rings = settings.stages * tile + records * held
     exchanged = settings.blocks * WORKERS * 64 * settings.columns * 4 if split > 1 else 0
-    pieces = _pieces(layout, rows, settings)
+    pieces = pieces_of(layout, rows, settings)
     grid = pieces * split if split > 1 else min(pieces, card.processors)
     return Launch(settings, records, grid, max(rings, exchanged) + STAGED + SLACK)
 
 
-def _pieces(layout: Layout, rows: int, settings: Settings) -> int:
+def pieces_of(layout: Layout, rows: int, settings: Settings) -> int:
     return -(-rows // settings.columns) * -(-layout.out_features // (64 * WORKERS * settings.blocks))
 
 
@@ -162,9 +162,10 @@ def clocks(layout: Layout, rows: int, card: Card, settings: Settings) -> float:
     blocks, columns, split, _ = settings
     multiplies = 16 * blocks * columns
     decodes = 900 * blocks
-    reads = (512 * columns + 8 * blocks * sum(layout.sizes)) / 28
-    clusters = card.processors // split if split < 4 else card.processors // 16 * 16 // split
-    waves = -(-_pieces(layout, rows, settings) // clusters)
+    reads = 700 + (512 * columns + 8 * blocks * sum(layout.sizes)) / 38
+    # clusters of 4 and 8 don't fill a GPU: measured, not all that there is room for run at once
+    clusters = card.processors // split if split < 4 else card.processors // 16 * 12 // split
+    waves = -(-pieces_of(layout, rows, settings) // clusters)
     ends = 2500 + 8 * blocks * columns + (1500 + 12 * blocks * columns if split > 1 else 0)
     return waves * (max(multiplies, decodes, reads) * -(-layout.steps // split) + ends)
 
@@ -177,21 +178,26 @@ def macros(layout: tuple[int, int, bool], bf16: bool, settings: Settings, record
 
 def source(columns: int, bf16: bool) -> str:
     """The kernel's text: wgmma of so many columns, what kernels share, and the rest."""
-    return wgmma(columns, bf16) + cuda_records.source("cuda_gemm")
+    return wgmma(columns, "bf16" if bf16 else "f16") + cuda_records.source("cuda_hopper", "cuda_gemm")
 
 
-def wgmma(columns: int, bf16: bool) -> str:
-    """d [64, columns] += a [64, 16] b [16, columns], of which a warpgroup holds d and a; it takes a name a number."""
-    count, kind = columns // 2, "bf16" if bf16 else "f16"
+def wgmma(columns: int, kind: str) -> str:
+    """d [64, columns] += a b, of which a warpgroup holds d and a; it takes a name a number. `kind`: f16, bf16 or s8."""
+    count, whole = columns // 2, kind == "s8"
+    name, letter, size = ("int", "r", 1) if whole else ("float", "f", 2)
+    shape, flags = ("k32.s32", "1") if whole else ("k16.f32", "1, 1, 1, 0")
     sums = ", ".join(f"%{i}" for i in range(count))
     left = ", ".join(f"%{count + i}" for i in range(4))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    outputs = ", ".join(f'"+{letter}"(d[{i}])' for i in range(count))
     inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
     return f"""
+typedef {name} Sum;
+#define REGISTER(sum) "{letter}"(sum)
+constexpr int INPUT_BYTES = {size};
 #ifndef EMULATED
-__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned (&a)[4], unsigned long long b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
-                 "{{{sums}}}, {{{left}}}, %{count + 4}, 1, 1, 1, 0;" : {outputs} : {inputs}, "l"(b));
+__device__ __forceinline__ void wgmma({name} (&d)[{count}], const unsigned (&a)[4], unsigned long long b) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}{shape}.{kind}.{kind} "
+                 "{{{sums}}}, {{{left}}}, %{count + 4}, {flags};" : {outputs} : {inputs}, "l"(b));
 }}
 #endif
 """

@@ -23,6 +23,7 @@ from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
 from planish.qtensor import PARTS, QTensor, store
 from planish.quant.activation import fake_quantize_tokens
+from planish.quant.hadamard import turn
 from planish.scheme import Activations, Scheme
 
 if TYPE_CHECKING:
@@ -216,8 +217,9 @@ class PackedLinear(nn.Module):
             assert not how.turned, "what is turned has no columns of its own"
             x = x.index_select(-1, self.order)
         weight = self._weight(self.scale, self.zero)
-        if not self.trainable and int8.supports(weight, how, x):
-            return int8.matmul(x, weight, how, self.bias, self._cache)
+        if how.bits < 16 and not self.trainable and int8.supports(weight, x, how.bits, how.symmetric):
+            x = turn(x) if how.turned else x
+            return int8.matmul(x, weight, self.bias, self._cache, how.bits, how.symmetric)
         x = fake_quantize_tokens(x, how)
         return (train if self.trainable else choose(weight, x)).matmul(x, weight, self.bias, self._cache)
 

@@ -18,7 +18,8 @@ import torch
 PLAIN_SHARED = 48 * 1024  # shared memory that a kernel has without asking
 MAX_SHARED = 8  # the driver's numbers of a function's attribute,
 CLUSTER, OVERLAPS = 4, 6  # of a launch's,
-HALF, BFLOAT16, SWIZZLE_128, PROMOTE_128 = 6, 9, 3, 2  # and of a tensor map's parts
+SWIZZLE_128, PROMOTE_128 = 3, 2  # of a tensor map's parts,
+KINDS = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # and of what is in it
 
 
 class _Attribute(ctypes.Structure):
@@ -128,24 +129,24 @@ def load_kernel(code: bytes, name: str, shared: int = 0) -> ctypes.c_void_p:
 
 
 def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array:
-    """Of a contiguous [n, m] of 16-bit floats, for copies of [rows, columns], which are 128 bytes wide and swizzled.
+    """Of a contiguous [n, m] of one of KINDS, for copies of [rows, columns], which are 128 bytes wide and swizzled.
 
     What a copy takes from outside is zero. The tensor starts at, and has rows of, a multiple of 16 bytes.
     """
-    assert x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and columns == 64
-    return _tensor_map(x.data_ptr(), x.shape[0], x.shape[1], x.dtype == torch.bfloat16, rows, columns)
+    size = x.element_size()
+    assert x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] * size % 16 == 0 and columns * size == 128
+    return _tensor_map(x.data_ptr(), x.shape[0], x.shape[1], x.dtype, rows)
 
 
 @functools.lru_cache(1024)
-def _tensor_map(address: int, height: int, width: int, bf16: bool, rows: int, columns: int) -> ctypes.Array:
+def _tensor_map(address: int, height: int, width: int, dtype: torch.dtype, rows: int) -> ctypes.Array:
     room = ctypes.create_string_buffer(192)
     made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)  # it lies at a multiple of 64
-    sizes, strides = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(2 * width)
-    box, every = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
-    kind = BFLOAT16 if bf16 else HALF
+    sizes, strides = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(dtype.itemsize * width)
+    box, every = (ctypes.c_uint32 * 2)(128 // dtype.itemsize, rows), (ctypes.c_uint32 * 2)(1, 1)
     at = ctypes.c_void_p(address)
     status = _driver().cuTensorMapEncodeTiled(
-        made, kind, 2, at, sizes, strides, box, every, 0, SWIZZLE_128, PROMOTE_128, 0
+        made, KINDS[dtype], 2, at, sizes, strides, box, every, 0, SWIZZLE_128, PROMOTE_128, 0
     )
     _check(status)
     return made

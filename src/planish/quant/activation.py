@@ -23,9 +23,11 @@ SMALLEST = 1e-12  # of a scale: a token of zeros has one too
 def token_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """s and z of tokens from low <= 0 to high >= 0, fp32; opaque, since compilers divide in their own ways."""
     if symmetric:
-        scale = (torch.maximum(-low, high) / (2 ** (bits - 1) - 1)).clamp(min=SMALLEST)
+        reach = torch.maximum(-low, high)
+        scale = (reach / torch.full_like(reach, 2 ** (bits - 1) - 1)).clamp(min=SMALLEST)
         return scale, torch.full_like(scale, midpoint(bits))
-    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST)
+    # by a number, a GPU would multiply by its inverse
+    scale = ((high - low) / torch.full_like(low, 2**bits - 1)).clamp(min=SMALLEST)
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
 
 

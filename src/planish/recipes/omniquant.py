@@ -4,7 +4,8 @@ Nothing of the weights themselves is trained: each group has a factor on either 
 between two layers a scale (and a shift), and all move by AdamW, so that the quantized block gives what the float one
 gives. The publication starts clipping at 0.982 of the range and goes through samples one by one; the defaults here
 depart from it where it paid on validation text: the range starts searched, a step takes several samples, three
-blocks are fitted together. Presets w4a16 to w4a4 are the publication's own, by what its scripts say.
+blocks are fitted together, and weights bear more of what activations can't. Presets w4a16 to w4a4 are the
+publication's own, by what its scripts say.
 """
 
 import functools
@@ -18,7 +19,7 @@ from planish.transform import Smooth
 
 _PAPER: dict[str, Any] = {"search": False, "trim": 0.0, "span": 1, "batch_size": 1, "schedule": "constant",
                           "clip_rate": 1e-2, "let": False}  # fmt: skip
-_LET: dict[str, Any] = {**_PAPER, "let": True, "let_rate": 5e-3}
+_LET: dict[str, Any] = {**_PAPER, "let": True, "let_rate": 5e-3, "alpha": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"epochs": 4.0},
@@ -43,7 +44,7 @@ def omniquant(
     clip_rate: float = 1e-2,
     let: bool | None = None,
     let_rate: float = 5e-3,
-    alpha: float = 0.5,
+    alpha: float = 0.75,
     shift: bool = True,
     fallback: bool = False,
     augment: bool = False,
@@ -65,7 +66,7 @@ def omniquant(
         clip_rate: learning rate of a and c at step 0.
         let: scale channels between layers too; if not given, where activations are quantized.
         let_rate: learning rate of the logarithm of t (and of shifts) at step 0.
-        alpha: share of the activations in the start of t, as in SmoothQuant.
+        alpha: share of the activations in the start of t; SmoothQuant's is 0.5.
         shift: channels are shifted too, where norm and linears have a bias.
         fallback: a block whose channels can't be scaled has its ranges clipped only; else it is refused.
         augment: the float block on the quantized prefix is a target too; published at 2 bits.
