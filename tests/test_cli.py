@@ -119,7 +119,7 @@ def test_fewer_windows_are_said(planish, tiny_llama, tmp_path):
         (("--preset", "fats"), "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
         (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
         (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
-        (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 8"),
+        (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 6, 8"),
         (("--scheme", "w4g256"), "group size 256 is larger than its 64 inputs"),
         (("--format", "gguff"), "no format 'gguff'"),
         (("--layers", "nothing=w4g32"), "'nothing' matches none of the 14 linears"),

@@ -24,7 +24,7 @@ from planish import quant
 from planish.fit.watch import Setting
 from planish.kernels.linear import packed_layers
 from planish.log import Event
-from planish.quant import Fixed, Free, Learned, MinMax, Nearest, Offset, QLinear, Quantizer, Searched, TunedMinMax
+from planish.quant import Clip, Fixed, Free, Learned, MinMax, Nearest, Offset, QLinear, Quantizer, Searched, TunedMinMax
 from planish.recipes import RECIPES, build, describe
 from planish.scheme import Scheme
 from planish.source import open_source
@@ -38,12 +38,14 @@ RANGES: dict[str, Callable[..., nn.Module]] = {
     "searched": Searched,
     "tuned": TunedMinMax,
     "learned": Learned,
+    "clip": Clip,
+    "clip-from-search": functools.partial(Clip, search=True),
     "tuned-from-minmax": functools.partial(TunedMinMax, search=False),
 }
 ROUNDINGS = {"nearest": Nearest, "offset": Offset}
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
-    for bits, group, symmetric in itertools.product([2, 3, 4, 8], [32, 64, 128, None], [True, False])
+    for bits, group, symmetric in itertools.product([2, 3, 4, 6, 8], [32, 64, 128, None], [True, False])
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # one that all groups divide, and a ragged one
@@ -53,7 +55,8 @@ SHAPES = [(6, 256), (5, 200)]
 def test_every_slot_is_here() -> None:
     exported = {getattr(quant, name) for name in quant.__all__}
     slots = {kind for kind in exported if issubclass(kind, nn.Module)} - {Quantizer, QLinear}
-    assert slots == {*WEIGHTS.values(), *ROUNDINGS.values(), *RANGES.values()} - {RANGES["tuned-from-minmax"]}
+    listed = {kind for kind in [*WEIGHTS.values(), *ROUNDINGS.values(), *RANGES.values()] if isinstance(kind, type)}
+    assert slots == listed
 
 
 def quantizer_of(weight: Tensor, scheme: Scheme, weight_slot: str, range_slot: str, rounding_slot: str) -> Quantizer:
@@ -111,10 +114,11 @@ DEVICES = [
 @pytest.mark.parametrize(
     ("text", "dtype"), [("w2g64", torch.bfloat16), ("w3g64asym", torch.float32)], ids=["sym", "asym"]
 )
-def test_law_1_holds_under_compile(text: str, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("range_slot", ["tuned", "clip"])
+def test_law_1_holds_under_compile(text: str, dtype: torch.dtype, device: str, range_slot: str) -> None:
     # many groups: one that differs in a last bit of its scale is enough
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    quantizer = quantizer_of(weight, Scheme.parse(text), "fixed", "tuned", "offset")
+    quantizer = quantizer_of(weight, Scheme.parse(text), "fixed", range_slot, "offset")
     trained = torch.compile(quantizer, fullgraph=True)(weight)
     assert torch.equal(quantizer.quantize(weight).dequantize(dtype), trained)
 
@@ -139,7 +143,7 @@ WHOLE = [name for name in RECIPES if build(name).whole]
 
 
 def test_every_recipe_is_here() -> None:
-    assert {*FITTED, *WHOLE, "rtn"} == RECIPES.keys()
+    assert {*FITTED, *WHOLE, "rtn", "smoothquant", "rotate"} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("recipe", FITTED)

@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "signround, spans": {"recipe": "signround", **SIGNROUND, "span": 2},
     "signround, quantized prefix": {"recipe": "signround", **SIGNROUND, "prefix": "quantized"},
     "block_ap": {"recipe": "block_ap", **SIGNROUND, "norm_rate": 1e-3},
+    "omniquant": {"recipe": "omniquant", **SIGNROUND, "let": True, "augment": True},
+    "rotate+omniquant": {"recipe": "rotate+omniquant", **SIGNROUND, "scheme": "w4a4asym"},
 }
 LAYERS = 5
 

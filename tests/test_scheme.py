@@ -39,17 +39,41 @@ def test_the_fields_spellings(text: str, expected: tuple[int, int | None, bool])
         ("", "no scheme ''"),
         ("int4", "no scheme 'int4'"),
         ("w4g64pc", "no scheme"),
-        ("w5g64", "5 bits aren't supported; use one of 2, 3, 4, 8"),
+        ("w5g64", "5 bits aren't supported; use one of 2, 3, 4, 6, 8"),
         ("w16", "16 bits aren't supported"),
         ("w4g0", "group size 0 isn't supported; use a multiple of 8, such as 32, 64 or 128"),
         ("w4g12", "group size 12 isn't supported"),
-        ("w4a4g64", "activations of 4 bits aren't supported yet; drop 'a4'"),
+        ("w4a3", "activations of 3 bits aren't supported; use 4 to 8, or 16"),
+        ("w4a4kv2", "query, key and value of 2 bits aren't supported; use 4 to 8, or 16"),
+        ("w4g64a4g64", "no scheme 'w4g64a4g64': it names its groups twice; write it as w4g128a8"),
     ],
 )
 def test_what_is_no_scheme(text: str, said: str) -> None:
     with pytest.raises(PlanishError) as error:
         Scheme.parse(text)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "expected"),
+    [
+        ("w4a4", "w4pca4", (None, 4, False, 16)),
+        ("W8A8", "w8pca8", (None, 8, False, 16)),
+        ("w8a8s", "w8pca8s", (None, 8, True, 16)),
+        ("w6a6asym", "w6pca6asym", (None, 6, False, 16)),
+        ("w4g128a8", "w4g128a8", (128, 8, False, 16)),
+        ("w4a8g64sym", "w4g64a8", (64, 8, False, 16)),
+        ("w4a4kv4", "w4pca4kv4", (None, 4, False, 4)),
+        ("w4a4h", "w4pca4h", (None, 4, False, 16)),
+        ("w4kv8", "w4g128kv8", (128, 16, False, 8)),
+        ("W4A4_ASYM", "w4pca4asym", (None, 4, False, 16)),
+    ],
+)
+def test_activations(text: str, written: str, expected: tuple[int | None, int, bool, int]) -> None:
+    scheme = Scheme.parse(text)
+    how = scheme.activations
+    assert how is not None and (scheme.group_size, how.bits, how.symmetric, how.kv_bits) == expected
+    assert str(scheme) == written and Scheme.parse(written) == scheme
 
 
 def test_groups_of_a_row() -> None:

@@ -249,7 +249,7 @@ def load(
         source = open_source(path, revision=revision)
         return assemble(source, (), where, dtype or source.dtype)
     kind = dtype or folder.source.dtype
-    model = settle(assemble(folder.source, folder.held(where, kind), where, kind))
+    model = settle(assemble(folder.source, folder.held(where, kind), where, kind, folder.schemes))
     return attach(model, folder.source.quantization_config)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.attention import install
 from planish.bitstream import Stream
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
@@ -109,7 +110,8 @@ class QuantizedFolder:
         """The same for a model that isn't trained, with activations of `dtype`; laid out there where that is faster."""
 
         def work(name: str, stream: Stream) -> Weight:
-            return Packed.from_stream(stream) if name == self.embedding else hold(stream, dtype)
+            plain = name == self.embedding or self.schemes[name].activations is not None
+            return Packed.from_stream(stream) if plain else hold(stream, dtype)
 
         return self.each(work, device)
 
@@ -167,9 +169,17 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
 
 
 def assemble(
-    source: Source, layers: Iterable[tuple[str, Weight]], device: torch.device, dtype: torch.dtype
+    source: Source,
+    layers: Iterable[tuple[str, Weight]],
+    device: torch.device,
+    dtype: torch.dtype,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> PreTrainedModel:
-    """The source's model with the given layers, on the device already, and all else in `dtype`."""
+    """The source's model with the given layers, on the device already, and all else in `dtype`.
+
+    Args:
+        schemes: of the layers; they say how activations are rounded.
+    """
     model = source.skeleton()
     arch = discover(model, PackedLinear)
     for name, quantized in layers:
@@ -181,9 +191,12 @@ def assemble(
         assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(quantized, None if bias is None else bias.to(dtype)))
+        activations = schemes[name].activations if schemes and name in schemes else None
+        packed = PackedLinear(quantized, None if bias is None else bias.to(dtype), activations)
+        setattr(model.get_submodule(parent), leaf, packed)
     source.load(model, "", device, dtype)
     model.tie_weights()
+    install(model, schemes or {})
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True
     model.config.name_or_path = str(source.folder or source.config.name_or_path)

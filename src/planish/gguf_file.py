@@ -22,7 +22,7 @@ from torch import Tensor
 
 from planish.bitstream import Stream
 from planish.checkpoint import sync
-from planish.errors import PlanishError, nearest
+from planish.errors import PlanishError, UnsupportedScheme, nearest
 from planish.folder import QuantizedFolder
 from planish.formats.gguf import KINDS, canonical, decode, encode, plan_type, type_of
 from planish.gguf_header import Place, read_header
@@ -120,6 +120,8 @@ def check(source: Source, schemes: Mapping[str, Scheme], shapes: Mapping[str, tu
     if source.folder is None or not (source.folder / "tokenizer.json").is_file():
         raise PlanishError(f"{source.label}: GGUF needs a tokenizer.json beside the model; save the tokenizer there")
     for name, scheme in schemes.items():
+        if scheme.activations is not None:
+            raise UnsupportedScheme(f"{name}: GGUF can't say that activations are rounded; use --format native")
         plan_type(name, scheme, shapes[name])
 
 

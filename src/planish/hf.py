@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from planish.arch import Arch, discover
+from planish.attention import install
 from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of
@@ -211,10 +212,11 @@ class PlanishQuantizer(HfQuantizer):
                     model.set_submodule(self.arch.head, self.head)
                 put_table(model, self.arch, Packed.from_stream(stream), stored.dtype)
             else:
-                weight = hold(stream, stored.dtype)
-                layer = PackedLinear(weight, None if stored.bias is None else stored.bias.to(stored.dtype))
+                bias, how = None if stored.bias is None else stored.bias.to(stored.dtype), stored.scheme.activations
+                layer = PackedLinear(Packed.from_stream(stream) if how else hold(stream, stored.dtype), bias, how)
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(settle(model))
+        install(model, self.saved)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """All tensors of the checkpoint by their names in the model; tied ones once.

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.attention import check_heads
 from planish.data import check_seqlen
 from planish.errors import PlanishError, nearest
 from planish.formats import FORMATS, choose
@@ -30,6 +31,7 @@ from planish.source import Source, open_source
 from planish.tables import table_schemes, table_shapes
 from planish.targets import GGUF, choose_for
 from planish.trainable import check_trainer
+from planish.transform.rotate import RotatedSource
 
 SAMPLES, SEQLEN = 128, 2048
 
@@ -77,6 +79,8 @@ class Resolved:
             f"scheme {self.scheme_text}, format {self.format.name}{' and gguf' * self.gguf}: {len(self.schemes)} of "
             f"{len(self.shapes)} linears, {self.bits_per_weight:.2f} bits a weight with embeddings",
         ]
+        if isinstance(self.source, RotatedSource):
+            lines.append(self.source.note)
         if padded:
             lines.append(f"the last group of a row is shorter in {len(padded)} linears, such as {padded[0]}")
         return lines
@@ -115,11 +119,11 @@ def resolve(
         raise PlanishError(f"no format {format!r}: {nearest(format, [*FORMATS, GGUF])}")
     built = _recipe(recipe, preset, keys)
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
-    source = open_source(model, revision=revision)
+    source = _source(model, revision, built)
     skeleton = source.skeleton()
     arch = discover(skeleton)
     shapes = linears(arch, skeleton)
-    schemes = scheme_map.resolve(shapes)
+    check_heads(skeleton, schemes := scheme_map.resolve(shapes))
     every = {name: schemes.get(name) for name in shapes}
     asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
     bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings
@@ -144,9 +148,17 @@ def resolve(
     )
 
 
+def _source(model: ModelLike, revision: str | None, recipe: Recipe) -> Source:
+    """The model, turned where the recipe says so."""
+    source = open_source(model, revision=revision)
+    return source if recipe.rotation is None else recipe.rotation.of(source)
+
+
 def _recipe(name: str, preset: str | None, keys: dict[str, Any]) -> Recipe:
     """The recipe, which must start from a float model."""
     built = build(name, preset, keys)
+    if not built.stages:
+        raise PlanishError(f"recipe {name!r} rounds nothing; let another follow it, as {name}+rtn")
     if not built.blocks:
         raise PlanishError(
             f"recipe {name!r} trains a model that is quantized already, and this one isn't; quantize it first, then "

@@ -7,7 +7,6 @@ before the next one starts, and a run goes on behind what it finds there. Knows 
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ class Run:
     source: Source
     arch: Arch
     recipe: Recipe
-    schemes: Mapping[str, Scheme]
+    schemes: dict[str, Scheme]
     device: torch.device
     micro_batch: int
     seed: int
@@ -77,6 +76,8 @@ class Run:
                 f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume, "
                 "then planish finetune with --resume"
             )
+        if self.journal is not None and any(how.turned for s in self.schemes.values() if (how := s.activations)):
+            raise PlanishError("--resume can't go on with inputs that are turned by choice; drop the h of the scheme")
         if not self.recipe.needs_data:
             return
         if self.tokenizer is None and not isinstance(self.data, Tensor):

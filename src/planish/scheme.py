@@ -7,6 +7,9 @@ A scheme is written as the field writes it:
     w4         4 bits with the customary groups of 128
     w4pc       4 bits, one scale for each output channel
     W4A16, W4A16_ASYM, w3a16g64: the same, activations left in 16 bits
+    w4a4       activations of 4 bits too, each token by its own range; weights by output channel
+    w8a8s, w4g128a8, w4a4kv4: activations symmetric; groups of 128; query, key and value in 4 bits too
+    w4a4h      inputs turned by a Hadamard matrix first, where that loses less
 
 This file knows nothing of models or methods.
 """
@@ -17,10 +20,41 @@ from dataclasses import dataclass
 
 from planish.errors import PlanishError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
+ACTIVATION_BITS = (4, 5, 6, 7, 8)
 DEFAULT_GROUP = 128
 
-_PATTERN = re.compile(r"w(?P<bits>\d+)(?:a(?P<act>\d+))?(?:g(?P<group>\d+)|(?P<pc>pc))?_?(?P<sym>asym|sym)?")
+_ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?(?P<turned>h)?)?(?:kv(?P<kv>\d+))?"
+_GROUP = r"(?:g(?P<group{0}>\d+)|(?P<pc{0}>pc))?"
+_PATTERN = re.compile(
+    rf"w(?P<bits>\d+){_GROUP.format(1)}{_ACTIVATIONS}{_GROUP.format(2)}_?(?P<sym>asym|sym)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """How what a linear multiplies is rounded, each token by its own range.
+
+    Args:
+        bits: of its inputs, 4 to 8, or 16 to leave them.
+        symmetric: without a zero point. turned: multiplied by a Hadamard matrix before they are rounded.
+        kv_bits: of query, key and value in its block, each head of a token by its own range; 16 to leave them.
+    """
+
+    bits: int = 16
+    symmetric: bool = False
+    turned: bool = False
+    kv_bits: int = 16
+
+    def __post_init__(self) -> None:
+        for what, bits in (("activations", self.bits), ("query, key and value", self.kv_bits)):
+            if bits not in (*ACTIVATION_BITS, 16):
+                raise PlanishError(f"{what} of {bits} bits aren't supported; use 4 to 8, or 16")
+
+    def __str__(self) -> str:
+        inputs = f"a{self.bits}{'s' * self.symmetric}{'h' * self.turned}"
+        heads = f"kv{self.kv_bits}" if self.kv_bits < 16 else ""
+        return heads if heads and self.bits == 16 else inputs + heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +66,13 @@ class Scheme:
         group_size: inputs that share a scale, a multiple of 8; None is the whole row (one scale a channel).
         symmetric: True has a signed scale and the constant zero point 2^(bits-1); False stores an
             integer zero point for each group.
+        activations: how what the weight is multiplied by is rounded; None leaves it in 16 bits.
     """
 
     bits: int
     group_size: int | None = DEFAULT_GROUP
     symmetric: bool = True
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -48,7 +84,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Read 'w2g64', 'w4', 'w3g128asym', 'w4pc', 'W4A16_ASYM'.
+        """Read 'w2g64', 'w4', 'w3g128asym', 'w4pc', 'W4A16_ASYM', 'w4a4', 'w4g128a8'.
 
         Raises:
             PlanishError: if the text is no scheme.
@@ -56,16 +92,26 @@ class Scheme:
         match = _PATTERN.fullmatch(text.strip().lower())
         if match is None:
             raise PlanishError(f"no scheme {text!r}; write it as w4g128, w2g64asym, w3pc or W4A16")
-        if match["act"] not in (None, "16"):
-            raise PlanishError(
-                f"scheme {text!r}: activations of {match['act']} bits aren't supported yet; drop 'a{match['act']}'"
+        size, whole = match["group1"] or match["group2"], match["pc1"] or match["pc2"]
+        if (match["group1"] or match["pc1"]) and (match["group2"] or match["pc2"]):
+            raise PlanishError(f"no scheme {text!r}: it names its groups twice; write it as w4g128a8")
+        rounded = int(match["act"] or 16) < 16
+        activations = None
+        if rounded or int(match["kv"] or 16) < 16:
+            activations = Activations(
+                bits=int(match["act"] or 16),
+                symmetric=bool(match["even"]),
+                turned=bool(match["turned"]),
+                kv_bits=int(match["kv"] or 16),
             )
-        group = None if match["pc"] else int(match["group"] or DEFAULT_GROUP)
-        return cls(bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym")
+        group = None if whole or (rounded and not size) else int(size or DEFAULT_GROUP)
+        return cls(
+            bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym", activations=activations
+        )
 
     def __str__(self) -> str:
         group = "pc" if self.group_size is None else f"g{self.group_size}"
-        return f"w{self.bits}{group}{'' if self.symmetric else 'asym'}"
+        return f"w{self.bits}{group}{self.activations or ''}{'' if self.symmetric else 'asym'}"
 
     def group_in(self, in_features: int) -> int:
         """Group size for a row of in_features inputs (the row itself if group_size is None)."""

@@ -212,7 +212,7 @@ def held_by(
         run_stage(_job(stage, blocks, schemes, stream, span.start, micro_batch))
     sample = stream.fp[0].nbytes if stream else 0
     lying = streams if stream and stream.fp.nbytes < PIECE else 0
-    target = stream.fp.nbytes if stream and fit and fit.target == "quantized" else 0  # a third stream
+    target = stream.fp.nbytes if stream and fit and fit.target != "float" else 0  # a third stream
     buffers = 4 * sample * max(0, min(asked, samples) - batch) if fit else 0
     return Held(
         embedding=max(0, embedding),

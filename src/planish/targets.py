@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from planish.errors import PlanishError, UnsupportedScheme, nearest
 from planish.formats import FORMATS, verify
-from planish.scheme import Scheme
+from planish.scheme import BITS, Scheme
 
 GGUF = "gguf"  # not one of FORMATS: a file of its own kind, see `gguf_file`
 EVERY, BOTH = (2, 3, 4, 8), (True, False)
@@ -33,7 +33,8 @@ class Loader:
     checked: str
 
     def takes(self, scheme: Scheme) -> bool:
-        return scheme.bits in self.bits and scheme.symmetric in self.symmetric
+        plain = scheme.activations is None or self.format == "native"
+        return plain and scheme.bits in self.bits and scheme.symmetric in self.symmetric
 
 
 _HUMMING = "pip install humming-kernels; vllm serve {path}"
@@ -67,7 +68,7 @@ LOADERS = (
            "dequantize=True))", checked="compressed-tensors 0.20.0 with transformers 5.23, run"),
     Loader(target="transformers", format="awq", bits=(4,),
            how=f"pip install optimum gptqmodel; {_PIPED}", checked="not run; transformers' AwqQuantizer"),
-    Loader(target="transformers", format="native",
+    Loader(target="transformers", format="native", bits=BITS,
            how=f"pip install planish; planish.register(); {_PIPED}", checked="transformers 5.23, run"),
     Loader(target="llama.cpp", format=GGUF, how="llama-cli -m {path}", checked="llama-cpp-python, run"),
 )  # fmt: skip

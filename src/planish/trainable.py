@@ -75,9 +75,10 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             module.freeze()
-        elif isinstance(module, QLinear):
+        elif isinstance(module, QLinear) and module.quantizer is not None:
             quantized = module.quantizer.quantize(module.weight)
-            _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, module.weight.dtype))
+            dtype, how = module.weight.dtype, module.activations
+            _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, dtype, how))
     settle({name: module for name, module in model.named_modules() if parametrize.is_parametrized(module)})
     return attach(siblings.settle(model.requires_grad_(False)))
 
@@ -134,8 +135,8 @@ def _attach(model: PreTrainedModel, stage: Stage, schemes: SchemeMap) -> None:
             range_slot=stage.range,
             rounding_slot=stage.rounding,
         )
-        _put(model, name, QLinear(linear, quantizers[name]))
-    slot_groups(quantizers, stage.fit.rates_in(1), free(norms))
+        _put(model, name, QLinear(linear, quantizers[name], scheme.activations))
+    slot_groups(quantizers, stage.fit.rates_in(1), {NORM: free(norms)})
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -329,7 +329,8 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
 def _assembled(run: Run, layers: dict[str, Packed], trained: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     found = ((name, weight.to(run.device)) for name, weight in layers.items())
-    model = assemble(run.source, found, run.device, dtype)
+    model = assemble(run.source, found, run.device, dtype, run.schemes)
     for name, tensor in trained.items():
-        model.get_parameter(name).data.copy_(tensor)
+        owner, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(owner), leaf).data.copy_(tensor)  # a packed layer's bias is a buffer
     return model

@@ -308,7 +308,7 @@ def _from_quantized(
             directory=writer.out.parent if writer.out.parent.is_dir() else Path.cwd(),
             progress=request.progress,
         )
-    model = assemble(source, folder.packed(device), device, dtype)
+    model = assemble(source, folder.packed(device), device, dtype, folder.schemes)
     outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
     manifest = RunManifest(
         model=source.label,

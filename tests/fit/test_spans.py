@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from planish.errors import PlanishError
 from planish.fit import spans
 from planish.fit.reconstruct import Outcome, Reconstruct
-from planish.fit.spans import Job, Stage, input_moments, run_stage, trial
+from planish.fit.seen import input_moments
+from planish.fit.spans import Job, Stage, run_stage, trial
 from planish.log import Event
 from planish.qtensor import QTensor
 from planish.quant import MinMax, Offset, QLinear, TunedMinMax
@@ -185,7 +186,7 @@ def test_a_span_without_any_linear_passes() -> None:
     assert first.before == first.after == 0 and len(bench.sunk) == 7
 
 
-@pytest.mark.parametrize("target", ["float", "quantized"])
+@pytest.mark.parametrize("target", ["float", "quantized", "both"])
 def test_what_a_fit_gets(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     bench, calls = Bench(stage_of(target=target)), []
 
@@ -200,7 +201,8 @@ def test_what_a_fit_gets(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     for index, (inputs, targets, seed, names) in enumerate(calls):
         torch.testing.assert_close(inputs, quantized[index], rtol=1e-5, atol=1e-5)
         on_quantized = bench.stream.run(blocks[index], index, inputs)
-        wanted = floats[index] if target == "float" else on_quantized
+        mean = (floats[index] + on_quantized) / 2
+        wanted = {"float": floats[index], "quantized": on_quantized, "both": mean}[target]
         torch.testing.assert_close(targets, wanted, rtol=1e-5, atol=1e-5)
         assert seed == index and names == [name for name in bench.linears if f"layers.{index}." in name]
     assert len(calls) == 3

@@ -91,7 +91,6 @@ def test_tokens_are_near_and_a_token_of_zeros_is_one(token_bits, even, dtype):
 @each_token
 def test_tokens_are_those_that_were_trained(token_bits, even):
     from planish.quant.activation import quantize_tokens
-
     from planish.scheme import Activations
 
     x, half = tokens_like(64, 300), 2 ** (token_bits - 1)

@@ -29,7 +29,7 @@ def random_qtensor(shape, bits, group=None, symmetric=True, offset=False, seed=0
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "reference"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_matches_the_reference(name, bits, symmetric):
     kernel, tried = KERNELS[name], 0

@@ -255,7 +255,7 @@ KERNEL_SHAPES = [((70, 72), 18, 32), ((40, 96), 5, 48), ((16, 264), 20, None)]
 if not INTERPRETED:
     KERNEL_SHAPES += [((300, 264), 150, 64), ((4096, 11008), 2000, 128), ((11008, 4096), 64, None)]
 # each bit width in one dtype, and one of them in all: a kernel is compiled for each
-KERNEL_CASES = [(bits, torch.float16 if INTERPRETED else torch.bfloat16) for bits in (2, 3, 4, 8)]
+KERNEL_CASES = [(bits, torch.float16 if INTERPRETED else torch.bfloat16) for bits in (2, 3, 4, 6, 8)]
 KERNEL_CASES += [(3, torch.float32)] + ([] if INTERPRETED else [(3, torch.float16)])
 each_case = pytest.mark.parametrize("bits, dtype", KERNEL_CASES, ids=str)
 

@@ -91,6 +91,34 @@ def test_efficientqat_is_block_ap_and_then_e2e_qp(preset: str) -> None:
         assert blocks.fit == alone.fit and whole.rates == build("e2e_qp", "paper").whole.rates  # type: ignore[union-attr]
 
 
+def test_omniquant_clips_and_scales_where_activations_are_rounded() -> None:
+    (stage,) = build("omniquant").blocks
+    assert stage.smooth is not None and not stage.smooth.always and stage.importance
+    assert build("omniquant", None, {"let": "false"}).blocks[0].smooth is None
+    assert build("omniquant", None, {"let": True, "fallback": True}).blocks[0].smooth.strict is False  # type: ignore[union-attr]
+    assert fit_of(build("omniquant", None, {"augment": True})).target == "both"
+    (paper,) = build("omniquant", "w4a4").blocks
+    assert paper.smooth is not None and (paper.smooth.alpha, paper.smooth.always) == (0.75, True)
+    fit = fit_of(build("omniquant", "w4a4"))
+    assert (fit.rates, fit.batch_size, fit.span) == ({"range": 1e-2, "transform": 1e-3}, 1, 1)
+    assert (fit.epochs, fit.schedule, fit.trim) == (20, "constant", 0)
+    low = fit_of(build("omniquant", "w2a16"))
+    assert (low.epochs, low.target) == (40, "both") and build("omniquant", "w2a16").blocks[0].smooth is None
+
+
+def test_recipes_are_chained() -> None:
+    recipe = build("rotate+efficientqat", None, {"rotation_seed": "7", "epochs": 3})
+    assert recipe.rotation is not None and recipe.rotation.seed == 7 and recipe.name == "rotate+efficientqat"
+    alone = build("efficientqat", None, {"epochs": 3})
+    assert recipe.whole == alone.whole and recipe.blocks[0].fit == alone.blocks[0].fit
+    assert {"rotation_seed", "clip_rate"} <= describe("rotate+omniquant")["help"].keys()
+    assert describe("rotate+omniquant")["summary"] == describe("omniquant")["summary"]
+    assert split_preset("rotate+signround", "best") == split_preset("signround", "best")
+    for name, said in (("rotate+omniqant", "did you mean 'omniquant'"), ("e2e_qp+rtn", "comes last, and once")):
+        with pytest.raises(PlanishError, match=said):
+            build(name)
+
+
 def test_steps_follow_epochs_and_samples() -> None:
     whole = build("e2e_qp", None, {"epochs": 2, "batch_size": 8}).whole
     assert whole is not None and [whole.steps_on(count) for count in (1, 8, 100)] == [2, 2, 25]

@@ -48,6 +48,8 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
     planish quantize ./model --recipe rtn search=true --out q4
   more bits for some linears, 16 for others:
     planish quantize ./model --layers down_proj=w8 --ignore o_proj --out q4
+  ranges clipped and channels scaled, on hidden states that are turned; 4-bit activations too:
+    planish quantize ./model --recipe rotate+omniquant --scheme w4a4 --out q4
   hours of work that a kill must not cost; the same command goes on:
     planish quantize ./model --preset best --resume --out q4
   for a server, which decides on the format and what it can hold:

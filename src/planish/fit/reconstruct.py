@@ -23,8 +23,8 @@ from planish.fit.optim import OPTIMIZERS
 from planish.fit.step import Step
 from planish.quant import Quantizer
 
-TARGETS = ("float", "quantized")
-NORM = "norm"
+TARGETS = ("float", "quantized", "both")
+NORM, TRANSFORM = "norm", "transform"  # what is trained besides slots
 FLOOR = 1 / 20  # of the cosine, as EfficientQAT has it
 # epochs that aren't given: as many as pass over PASSED windows, but no fewer and no more than these
 PASSED, FEWEST, MOST = 2048, 2.0, 8.0
@@ -45,7 +45,12 @@ def cosine(share: float) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * share)) / 2
 
 
-SCHEDULES = {"linear": linear, "cosine": cosine}
+def constant(share: float) -> float:
+    """No change."""
+    return 1.0
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
 def steps_for(samples: int, batch_size: int, epochs: float | None, *, passed: int, fewest: float) -> int:
@@ -62,11 +67,12 @@ class Reconstruct:
         steps: optimizer steps a span; None has as many as `epochs` passes over the samples take, and
         epochs: None has the more of them, the fewer samples there are.
         batch_size: samples a step.
-        rates: slot (or "range.zero", one parameter of it, or "norm", the norms of the blocks) -> learning rate
-            at step 0, None for one by the number of steps. What isn't named stays as it is.
-        schedule: the rate falls "linear" to 0, or as half a "cosine" to FLOOR of it.
+        rates: slot (or "range.zero", one parameter of it, or "norm", the norms of the blocks, or "transform") ->
+            learning rate at step 0, None for one by the number of steps. What isn't named stays as it is.
+        schedule: the rate falls "linear" to 0, or as half a "cosine" to FLOOR of it, or stays "constant".
         optimizer: name in `fit.optim.OPTIMIZERS`.
-        target: "float" prefix (the field's default) or "quantized": the float block on the quantized stream.
+        target: "float" prefix (the field's default) or "quantized": the float block on the quantized stream; or
+            their mean, "both", whose gradient is that of the sum of both errors.
         trim: share of elements with the largest errors left out of the loss.
         holdout: samples held out, at most a quarter of all.
         checks: how often the held-out loss is measured after step 0.
@@ -169,15 +175,24 @@ class Best:
 
 
 def slot_groups(
-    quantizers: Mapping[str, Quantizer], rates: Mapping[str, float], norms: Sequence[Tensor] = ()
+    quantizers: Mapping[str, Quantizer],
+    rates: Mapping[str, float],
+    besides: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[tuple[list[Tensor], float]]:
-    """(parameters, rate) for each slot and unit of rate; every other parameter of a quantizer is frozen."""
+    """(parameters, rate) for each slot and unit of rate; every other parameter of a quantizer is frozen.
+
+    Args:
+        besides: what rates name that are no slots, NORM and TRANSFORM, and their parameters.
+    """
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for quantizer in quantizers.values():
         quantizer.requires_grad_(False)
     for slot, rate in rates.items():
-        found = [pair for quantizer in quantizers.values() if slot != NORM for pair in quantizer.trainable(slot)]
-        for parameter, unit in [(norm, 1.0) for norm in norms] if slot == NORM else found:
+        if slot in (NORM, TRANSFORM):
+            found = [(parameter, 1.0) for parameter in (besides or {}).get(slot, ())]
+        else:
+            found = [pair for quantizer in quantizers.values() for pair in quantizer.trainable(slot)]
+        for parameter, unit in found:
             groups.setdefault((slot, rate * unit), []).append(parameter.requires_grad_(True))
     return [(parameters, rate) for (_, rate), parameters in groups.items()]
 
@@ -192,7 +207,7 @@ def reconstruct(
     device: torch.device,
     micro_batch: int,
     seed: int,
-    norms: Sequence[Tensor] = (),
+    besides: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Outcome:
     """Fit the quantizers of one span in place.
 
@@ -202,11 +217,11 @@ def reconstruct(
         inputs, targets: [samples, tokens, hidden], wherever the streams live.
         device: where to compute. micro_batch: samples in one backward pass.
         seed: of the order of samples.
-        norms: trainable parameters of the span's norms, for the rate named "norm".
+        besides: as of `slot_groups`.
     """
     samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
     steps = fit.steps_on(len(samples.rest))
-    groups = slot_groups(quantizers, fit.rates_in(steps), norms)
+    groups = slot_groups(quantizers, fit.rates_in(steps), besides)
     measure = functools.partial(trimmed, share=fit.trim) if fit.trim else squared
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:

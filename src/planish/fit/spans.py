@@ -7,22 +7,27 @@ Nothing reaches back, so that a block's memory is all that is needed besides the
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from planish.attention import rounded_heads
+from planish.edges import Edge, find_edges
 from planish.errors import PlanishError
 from planish.fit.norms import free, norms_of, settle
-from planish.fit.reconstruct import NORM, Outcome, Reconstruct, reconstruct
+from planish.fit.reconstruct import NORM, TRANSFORM, Outcome, Reconstruct, reconstruct
+from planish.fit.seen import Extent, Seen, input_moments
 from planish.fit.step import WARM_UP
+from planish.fit.turned import Inputs, asked, choose
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
 from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
 from planish.scheme import Scheme
 from planish.stream import BlockStream
+from planish.transform.smooth import Smooth, Smoothed
 
 Sink = Callable[[str, QTensor], None]
 Keep = Callable[[str, Tensor], None]
@@ -38,6 +43,7 @@ class Stage:
     Args:
         name: shown in progress.
         weight, range, rounding: what builds each slot, see `planish.quant`.
+        smooth: channels that are scaled and shifted before weights are rounded, or None.
         fit: how a span is fitted, or None if the start is the result.
         importance: whether the range slot asks how much inputs matter: the mean square of each,
         products: or, for groups of at most PRODUCTS_GROUP, the mean products of a group's inputs.
@@ -47,13 +53,14 @@ class Stage:
     weight: Callable[..., nn.Module] = Fixed
     range: Callable[..., nn.Module] = MinMax
     rounding: Callable[..., nn.Module] = Nearest
+    smooth: Smooth | None = None
     fit: Reconstruct | None = None
     importance: bool = False
     products: bool = False
 
     @property
     def needs_data(self) -> bool:
-        return self.fit is not None or self.importance
+        return self.fit is not None or self.importance or self.smooth is not None
 
 
 class Blocks(Protocol):
@@ -73,6 +80,7 @@ class Job:
 
     Args:
         sink: takes each linear's codes.
+        schemes: of each linear; those that ask for turned inputs are changed where it doesn't pay.
         keep: takes other tensors of the blocks that were trained, by full name.
         first: block to begin with; those before it are finished, and the streams stand behind them.
         finished: told after each span how many blocks are finished, and how its fit went.
@@ -81,7 +89,7 @@ class Job:
 
     stage: Stage
     blocks: Blocks
-    schemes: Mapping[str, Scheme]
+    schemes: MutableMapping[str, Scheme]
     stream: BlockStream | None
     sink: Sink
     device: torch.device
@@ -157,25 +165,79 @@ def trial(job: Job) -> Job:
 
 def _one_span(job: Job, indices: range) -> Outcome | None:
     span, linears = _load(job, indices)
-    importance, target = _float_pass(job, span, linears)
-    quantizers = _attach(job, span, linears, importance)
+    edges = _edges(job, span, linears)
+    turnable = asked(job.schemes, linears)
+    with Inputs(turnable) as inputs:
+        seen, target = _float_pass(job, span, linears, {job.blocks.names[index]: span[index] for index in edges})
+    choose(job.schemes, turnable, inputs.found)
+    turned = asked(job.schemes, linears)
+    for name in turned:
+        seen.importance.pop(name, None)  # of other channels
+    smoothed = _smooth(job, span, edges, seen, turned)
+    layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
-    outcome = _fit(job, span, quantizers, target, free(norms))
-    for name, value in settle(norms).items():
+    with rounded_heads(span.values(), job.schemes):
+        outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
+    for name, value in {**settle(norms), **_fold(smoothed, linears)}.items():
         assert job.keep is not None, "norms are trained and nobody takes them"
         job.keep(name, value)
-    for name, quantizer in quantizers.items():
-        weight = linears[name].weight.detach()
-        quantized = quantizer.quantize(weight)
-        linears[name].weight.data = quantized.dequantize(weight.dtype)
-        job.errors[name] = _relative_error(linears[name].weight.detach(), weight)
-        _replace(job, span, name, linears[name])
-        job.sink(name, quantized)
+    for name, layer in layers.items():
+        _quantize(job, name, layer)
     for index, block in span.items():
         if job.stream is not None and job.stage.fit is not None:
-            job.stream.advance(job.stream.quant, block, index)
+            with rounded_heads([block], job.schemes):
+                job.stream.advance(job.stream.quant, block, index)
+    for name, linear in linears.items():
+        _replace(job, span, name, linear)
+    for index in span:
         job.blocks.unload(index)
     return outcome
+
+
+def _quantize(job: Job, name: str, layer: QLinear) -> None:
+    """Codes to the sink; the layer keeps what they stand for."""
+    weight, quantizer = layer.weight.detach(), layer.quantizer
+    assert quantizer is not None
+    quantized = quantizer.quantize(weight)
+    layer.linear.weight.data, layer.quantizer = quantized.dequantize(weight.dtype), None
+    job.errors[name] = _relative_error(layer.weight.detach(), weight)
+    job.sink(name, quantized)
+
+
+def _edges(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]) -> dict[int, list[Edge]]:
+    """By index the edges of the blocks that are to be smoothed."""
+    smooth, stream = job.stage.smooth, job.stream
+    if smooth is None or stream is None or job.device.type == "meta":  # without numbers nothing can be found
+        return {}
+    wanted = {name for name in linears if smooth.always or job.schemes[name].activations}
+    return {
+        index: find_edges(block, stream.fp[:1].to(job.device), stream.arguments[index], run_block)
+        for index, block in span.items()
+        if any(name.startswith(f"{job.blocks.names[index]}.") for name in wanted)
+    }
+
+
+def _smooth(
+    job: Job, span: Mapping[int, nn.Module], edges: Mapping[int, Sequence[Edge]], seen: Seen, turned: Collection[str]
+) -> list[Smoothed]:
+    """Every block's parameters seen moved, but for what takes turned inputs, whose channels are mixed."""
+    smooth, smoothed = job.stage.smooth, []
+    for index in edges if smooth else ():
+        name = job.blocks.names[index]
+        chosen = [edge for edge in edges[index] if not any(f"{name}.{taker}" in turned for taker in edge.takes)]
+        smoothed.append(smooth.attach(name, span[index], chosen, seen.extremes))  # type: ignore[union-attr]
+    return smoothed
+
+
+def _trained(smoothed: Sequence[Smoothed]) -> list[Tensor]:
+    return [parameter for part in smoothed for parameter in part.parameters]
+
+
+def _fold(smoothed: Sequence[Smoothed], linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    folded: dict[str, Tensor] = {}
+    for part in smoothed:
+        folded |= part.fold(linears)
+    return folded
 
 
 def _load(job: Job, indices: range) -> tuple[dict[int, nn.Module], dict[str, nn.Linear]]:
@@ -197,21 +259,40 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _attach(
-    job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear], importance: dict[str, Tensor]
-) -> dict[str, Quantizer]:
-    """Put a QLinear in the place of each linear; the quantizers by full name."""
-    quantizers = {}
+    job: Job,
+    span: Mapping[int, nn.Module],
+    linears: Mapping[str, nn.Linear],
+    importance: dict[str, Tensor],
+    smoothed: Sequence[Smoothed] = (),
+) -> dict[str, QLinear]:
+    """Put a QLinear in the place of each linear; by full name."""
+    layers = {}
     for name, linear in linears.items():
-        quantizers[name] = Quantizer(
+        factors = [found for part in smoothed if (found := part.columns(name)) is not None]
+        quantizer = Quantizer(
             linear.weight.detach(),
             job.schemes[name],
             weight_slot=job.stage.weight,
             range_slot=job.stage.range,
             rounding_slot=job.stage.rounding,
-            importance=importance.pop(name, None),
+            importance=_behind(importance.pop(name, None), factors),
         )
-        _replace(job, span, name, QLinear(linear, quantizers[name]))
-    return quantizers
+        layers[name] = QLinear(linear, quantizer, job.schemes[name].activations)
+        _replace(job, span, name, layers[name])
+    return layers
+
+
+def _behind(importance: Tensor | None, factors: Sequence[Tensor]) -> Tensor | None:
+    """Moments of inputs that are divided by factors [in]."""
+    if importance is None:
+        return None
+    for factor in factors:
+        if importance.ndim == 1:
+            importance = importance / factor.square()
+        else:
+            groups = to_groups(factor.unsqueeze(0), importance.shape[1])[0].clamp(min=1e-30)
+            importance = importance / (groups.unsqueeze(1) * groups.unsqueeze(2))
+    return importance
 
 
 def _trained_norms(job: Job, span: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
@@ -223,24 +304,26 @@ def _trained_norms(job: Job, span: Mapping[int, nn.Module]) -> dict[str, nn.Modu
 def _fit(
     job: Job,
     span: Mapping[int, nn.Module],
-    quantizers: Mapping[str, Quantizer],
+    layers: Mapping[str, QLinear],
     target: Tensor | None,
-    norms: Sequence[Tensor] = (),
+    besides: Mapping[str, Sequence[Tensor]],
 ) -> Outcome | None:
     if job.stage.fit is None or job.stream is None or target is None:
         return None
-    if job.stage.fit.compiled(job.device, sum(linear.numel() for linear in _weights(span))):
+    # compilers fuse what a transform moves and round it otherwise than when it is folded
+    compiled = job.stage.fit.compiled(job.device, sum(linear.numel() for linear in _weights(span)))
+    if compiled and not besides.get(TRANSFORM):
         span = {index: cast(nn.Module, torch.compile(block)) for index, block in span.items()}
     return reconstruct(
         functools.partial(_run, job.stream, span),
-        quantizers,
+        {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None},
         job.stream.quant,
         target,
         job.stage.fit,
         device=job.device,
         micro_batch=job.micro_batch,
         seed=job.seed + min(span),
-        norms=norms,
+        besides=besides,
     )
 
 
@@ -258,8 +341,8 @@ def _fit_largest(job: Job) -> None:
     span, linears = _load(job, indices)
     norms = _trained_norms(job, span)
     try:
-        quantizers = _attach(job, span, linears, {})
-        _fit(job, span, quantizers, job.stream.quant, free(norms))
+        layers = _attach(job, span, linears, {})
+        _fit(job, span, layers, job.stream.quant, {NORM: free(norms)})
     finally:
         settle(norms)
         for name, linear in linears.items():
@@ -274,30 +357,51 @@ def _run(stream: BlockStream, span: Mapping[int, nn.Module], hidden: Tensor) -> 
     return hidden
 
 
+def run_block(block: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
+    """A block's hidden states."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _float_pass(
-    job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Let the float stream through the span: what its linears saw, and the target of the fit."""
-    stream, fit = job.stream, job.stage.fit
+    job: Job,
+    span: Mapping[int, nn.Module],
+    linears: Mapping[str, nn.Linear],
+    smoothed: Mapping[str, nn.Module],
+) -> tuple[Seen, Tensor | None]:
+    """Let the float stream through the span: what its linears saw, and the target of the fit.
+
+    Args:
+        smoothed: blocks of whose linears the extremes are wanted, by full name.
+    """
+    stream, fit, stage = job.stream, job.stage.fit, job.stage
     if stream is None:
-        return {}, None
-    target = stream.copy(stream.quant) if fit is not None and fit.target == "quantized" else None
+        return Seen(), None
+    target = stream.copy(stream.quant) if fit is not None and fit.target != "float" else None
 
     def forward() -> None:
         for index, block in span.items():
             stream.advance(stream.fp, block, index)
 
     importance: dict[str, Tensor] = {}
-    if job.stage.importance:
-        sizes = {name: job.schemes[name].group_in(linear.in_features) for name, linear in linears.items()}
-        small = {name: size for name, size in sizes.items() if size <= PRODUCTS_GROUP}
-        importance = input_moments(linears, forward, small if job.stage.products else None)
-    else:
-        forward()
-    if target is not None:
-        for index, block in span.items():
-            stream.advance(target, block, index)
-    return importance, stream.fp if target is None else target
+    with Extent(smoothed) as extent:
+        if stage.importance:
+            sizes = {name: job.schemes[name].group_in(linear.in_features) for name, linear in linears.items()}
+            small = {name: size for name, size in sizes.items() if size <= PRODUCTS_GROUP}
+            importance = input_moments(linears, forward, small if stage.products else None)
+        else:
+            forward()
+    if target is not None and fit is not None:
+        _retarget(stream, span, target, mean=fit.target == "both")
+    return Seen(importance=importance, extremes=extent.found), stream.fp if target is None else target
+
+
+def _retarget(stream: BlockStream, span: Mapping[int, nn.Module], target: Tensor, mean: bool) -> None:
+    """A copy of the quantized stream through the float span; the mean with the float stream, if asked for."""
+    for index, block in span.items():
+        stream.advance(target, block, index)
+    for part in stream.parts() if mean else ():
+        target[part] = (target[part] + stream.fp[part]) / 2
 
 
 def _replace(job: Job, span: Mapping[int, nn.Module], name: str, module: nn.Module) -> None:
@@ -306,37 +410,3 @@ def _replace(job: Job, span: Mapping[int, nn.Module], name: str, module: nn.Modu
         if name.startswith(prefix):
             parent, _, leaf = name.removeprefix(prefix).rpartition(".")
             setattr(block.get_submodule(parent), leaf, module)
-
-
-def input_moments(
-    linears: Mapping[str, nn.Linear], forward: Callable[[], None], group_sizes: Mapping[str, int] | None = None
-) -> dict[str, Tensor]:
-    """How much each linear's inputs matter, over all tokens of a forward pass.
-
-    Returns:
-        By name fp32 [in], the mean square of each input; for a linear in `group_sizes` [G, g, g], the mean
-        products of each group's inputs.
-    """
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().flatten(0, -2).float()
-            if group_sizes and name in group_sizes:
-                groups = to_groups(rows, group_sizes[name]).transpose(0, 1)  # [G, tokens, g]
-                moment = groups.transpose(1, 2) @ groups
-            else:
-                moment = rows.square().sum(0)
-            totals[name] = totals.get(name, 0) + moment
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return record
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: totals[name] / counts[name] for name in totals}

@@ -86,5 +86,16 @@ def verify(format: Format, schemes: Mapping[str, Scheme | None], shapes: Mapping
     """
     for layer, scheme in schemes.items():
         if scheme is not None:
+            _refuse_activations(format, layer, scheme)
             format.check(layer, scheme, shapes[layer])
     format.config(schemes)
+
+
+def _refuse_activations(format: Format, layer: str, scheme: Scheme) -> None:
+    """What only the native format can say."""
+    if scheme.activations is not None and not format.activations:
+        raise UnsupportedScheme(
+            f"{layer}: {format.name} can't say that activations are rounded ({scheme}); use --format native"
+        )
+    if scheme.bits not in format.bits:
+        raise UnsupportedScheme(f"{layer}: {format.name} has no codes of {scheme.bits} bits; use --format native")

@@ -30,6 +30,7 @@ class Format:
         schemes: (`quantization_config`, {layer: (out, in)} of every linear) -> {layer: Scheme} of those that
             are quantized.
         detect: `quantization_config` -> is it this format's?
+        bits: of codes. activations: whether it can say how those are rounded.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Format:
     config: Callable[[Mapping[str, Scheme | None]], dict[str, Any]]
     schemes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, int]]], dict[str, Scheme]]
     detect: Callable[[Mapping[str, Any]], bool]
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    activations: bool = False
 
     def encode(self, layer: str, q: QTensor) -> dict[str, Tensor]:
         """Named tensors of one layer."""

@@ -25,7 +25,7 @@ from planish.bitstream import Stream, pack, unpack, words_for
 from planish.errors import PlanishError
 from planish.formats.format import Format
 from planish.formats.layers import block_of, most_common, take
-from planish.scheme import Scheme
+from planish.scheme import BITS, Scheme
 
 METHOD = "planish"
 VERSION = 1
@@ -112,4 +112,7 @@ def detect(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == METHOD
 
 
-native = Format(name="native", check=check, write=write, read=read, config=config, schemes=schemes, detect=detect)
+native = Format(
+    name="native", check=check, write=write, read=read, config=config, schemes=schemes, detect=detect,
+    bits=BITS, activations=True,
+)  # fmt: skip

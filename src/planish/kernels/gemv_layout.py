@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.kernels.pack import PLANES, Packed, unpack_codes
+from planish.kernels.pack import Packed, unpack_codes
 from planish.qtensor import QTensor
 
+BITS = (2, 3, 4, 8)  # of a code that kernels read
 TILE, STEP = 16, 256  # outputs and inputs of a record
 PAIRS = 32  # that a lane holds of an output
 BLOCK = 2**24  # weights that are laid out at a time: 64 MiB for each step of it
@@ -66,10 +67,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(weight: Packed) -> Layout | None:
-    """How a weight would be laid out; None if it can't be: an offset, or groups that no multiple of 32 divides."""
+    """How a weight would be laid out; None if it can't be: 6 bits, an offset, groups that no 32 divides."""
     whole = weight.group_size >= weight.in_features
     group = STEP if whole else math.gcd(weight.group_size, STEP)
-    if weight.bits not in PLANES or weight.offset is not None or group < 32:
+    if weight.bits not in BITS or weight.offset is not None or group < 32:
         return None
     return Layout(weight.bits, group, weight.zero is not None, weight.out_features, weight.in_features)
 

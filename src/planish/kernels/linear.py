@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
+from planish.kernels import choose, int8, train
 from planish.kernels import choose, cpu, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
 from planish.qtensor import PARTS, QTensor, store
-from planish.scheme import Scheme
+from planish.quant.activation import fake_quantize_tokens
+from planish.quant.hadamard import turn
+from planish.scheme import Activations, Scheme
 
 if TYPE_CHECKING:
     from planish.kernels.siblings import Siblings
@@ -39,6 +42,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: what to multiply by, [out, in].
         bias: float [out], or None.
+        activations: how inputs are rounded, token by token; None leaves them.
     """
 
     codes: Tensor
@@ -50,8 +54,11 @@ class PackedLinear(nn.Module):
     records: Tensor | None
     layout: Layout | None
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Weight, bias: Tensor | None = None, activations: Activations | None = None
+    ) -> None:
         super().__init__()
+        self.activations = activations
         about: Any = weight.layout if isinstance(weight, Records) else weight
         self.in_features, self.out_features, self.bits = about.in_features, about.out_features, about.bits
         self.group_size = weight.group_size
@@ -62,15 +69,18 @@ class PackedLinear(nn.Module):
         self._hold(weight)
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedLinear":
+    def from_qtensor(
+        cls, q: QTensor, bias: Tensor | None, dtype: torch.dtype, activations: Activations | None = None
+    ) -> "PackedLinear":
         """Pack a QTensor.
 
         Args:
             q: the weight; its scale, zero, offset and order are held as they are, not copied.
             bias: float [out], or None.
             dtype: what the bias is held in; activations may come in any float dtype.
+            activations: how those are rounded.
         """
-        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype))
+        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype), activations)
 
     def _hold(self, weight: Weight) -> None:
         """Take a weight in the place of what is held."""
@@ -82,12 +92,14 @@ class PackedLinear(nn.Module):
         self._cache: dict[str, Tensor] = {}
 
     def to_records(self) -> bool:
-        """Hold the weight as records, for inference; a weight that can't be, or is trained, stays as it is.
+        """Hold the weight as records, for inference; a weight that can't be, or is trained, or is multiplied by rounded
+        inputs, stays as it is.
 
         Returns:
             whether it is held so now.
         """
-        if self.records is None and not self.trainable and (records := Records.of(self.packed)):
+        free = self.records is None and not self.trainable and self.activations is None
+        if free and (records := Records.of(self.packed)):
             self._hold(records)
         return self.records is not None
 
@@ -143,7 +155,12 @@ class PackedLinear(nn.Module):
     def scheme(self) -> Scheme:
         """How it is stored, as of `QTensor.scheme`; nothing is unpacked."""
         whole = self.group_size == self.in_features
-        return Scheme(bits=self.bits, group_size=None if whole else self.group_size, symmetric=self.symmetric)
+        return Scheme(
+            bits=self.bits,
+            group_size=None if whole else self.group_size,
+            symmetric=self.symmetric,
+            activations=self.activations,
+        )
 
     @property
     def packed(self) -> Packed:
@@ -181,6 +198,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
+        if self.activations is not None:
+            return self._rounded(x, self.activations)
         held = self._buffers  # attributes of a module are found slowly, and decoding on a CPU feels it
         if self._cache and held["order"] is None:
             y = cpu.again(x, held["bias"], self._cache, self.in_features)
@@ -197,6 +216,18 @@ class PackedLinear(nn.Module):
         weight = self._weight(self.scale, self.zero) if self.records is None else replace(self.packed, order=None)
         kernel = train if self.trainable else choose(weight, x)
         return kernel.matmul(x, weight, self.bias, self._cache)
+
+    def _rounded(self, x: Tensor, how: Activations) -> Tensor:
+        """The product of rounded inputs: of integers where that can be."""
+        if self.order is not None:
+            assert not how.turned, "what is turned has no columns of its own"
+            x = x.index_select(-1, self.order)
+        weight = self._weight(self.scale, self.zero)
+        if how.bits < 16 and not self.trainable and int8.supports(weight, x, how.bits, how.symmetric):
+            x = turn(x) if how.turned else x
+            return int8.matmul(x, weight, self.bias, self._cache, how.bits, how.symmetric)
+        x = fake_quantize_tokens(x, how)
+        return (train if self.trainable else choose(weight, x)).matmul(x, weight, self.bias, self._cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         def move(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Packed: a QTensor with its codes packed along a row, as every kernel is given it.
 
 A code of b bits lies at bit b * (j mod 8/b) of byte j // (8/b) of its row (little endian), rows padded with
-zeros to a multiple of 8 codes. 3 bits don't divide a byte: they lie as two planes side by side, first the
-low 2 bits packed as above, then the high bits. So a row is always bits * ceil(in / 8) bytes.
+zeros to a multiple of 8 codes. 3 and 6 bits don't divide a byte: they lie as two planes side by side, first the
+low 2 or 4 bits packed as above, then the high bits. So a row is always bits * ceil(in / 8) bytes.
 
 Knows nothing of files: the formats have layouts of their own.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional
 from planish.bitstream import Stream
 from planish.qtensor import QTensor, beside_codes, moved
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -86,7 +86,7 @@ class Packed:
 
     @classmethod
     def from_stream(cls, stream: Stream) -> "Packed":
-        """The same weight; but for 3 bits, which lie in planes here, nothing is unpacked."""
+        """The same weight; but for 3 and 6 bits, which lie in planes here, nothing is unpacked."""
         if len(PLANES[stream.bits]) > 1:
             return cls.from_qtensor(stream.qtensor())
         row = stream.bits * -(-stream.in_features // 8)

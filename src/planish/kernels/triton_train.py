@@ -88,6 +88,9 @@ def _codes(
     if BITS == 3:
         low = _plane(codes_ptr, row, start, rows, eighth, BITS, 0, 2, ROWS, COLUMNS)
         codes = low | (_plane(codes_ptr, row, start, rows, eighth, BITS, 2, 1, ROWS, COLUMNS) << 2)
+    elif BITS == 6:
+        low = _plane(codes_ptr, row, start, rows, eighth, BITS, 0, 4, ROWS, COLUMNS)
+        codes = low | (_plane(codes_ptr, row, start, rows, eighth, BITS, 4, 2, ROWS, COLUMNS) << 4)
     else:
         codes = _plane(codes_ptr, row, start, rows, eighth, BITS, 0, BITS, ROWS, COLUMNS)
     # 2^23 + Q has Q as its last bits: exact, and an integer is converted at a quarter of this speed

@@ -2,11 +2,12 @@
 
 from planish.quant.linear import QLinear
 from planish.quant.quantizer import Quantizer
-from planish.quant.range import Grid, Learned, MinMax, Searched, TunedMinMax
+from planish.quant.range import Clip, Grid, Learned, MinMax, Searched, TunedMinMax
 from planish.quant.rounding import Nearest, Offset
 from planish.quant.weight import Fixed, Free
 
 __all__ = [
+    "Clip",
     "Fixed",
     "Free",
     "Grid",

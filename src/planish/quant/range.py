@@ -1,9 +1,10 @@
 """The range slot gives the grid of each group: a scale s (signed, as it will be stored) and a zero point z.
 
 `MinMax` spans each group's own ends, `Searched` the ends that lose least, `TunedMinMax` learns factors on
-either, `Learned` trains s and z themselves. A symmetric grid is full-range: levels run from -2^(b-1) to
-2^(b-1) - 1, and the sign of the scale puts the extra level on the larger tail. A slot is a module built from
-(groups [out, G, g], scheme, importance) whose forward maps groups to a Grid.
+either, `Clip` factors on the ends of a weight that may move, `Learned` trains s and z themselves. A symmetric
+grid is full-range: levels run from -2^(b-1) to 2^(b-1) - 1, and the sign of the scale puts the extra level on the
+larger tail. A slot is a module built from (groups [out, G, g], scheme, importance) whose forward maps groups to a
+Grid.
 
 Legend: groups [out, G, g]; grids [out, G, 1], fp32.
 """
@@ -179,3 +180,69 @@ class Learned(nn.Module):
         if self.symmetric:
             return symmetric_grid(self.scale, self.bits)
         return Grid(store(self.scale), RoundThrough.apply(self.zero).clamp(0, 2**self.bits - 1))
+
+
+@torch.library.custom_op("planish::clipped", mutates_args=())
+def clipped(end: Tensor, logit: Tensor, limit: float) -> Tensor:
+    """end * limit * sigmoid(logit), fp32 [out, G, 1]; opaque, since compilers have a sigmoid of their own."""
+    return end * (limit * torch.sigmoid(logit))
+
+
+@clipped.register_fake
+def _(end: Tensor, logit: Tensor, limit: float) -> Tensor:
+    return torch.empty_like(end)
+
+
+def _save_clipped(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    end, logit, ctx.limit = inputs
+    ctx.save_for_backward(end, logit)
+
+
+def _backward_clipped(ctx, grad):  # type: ignore[no-untyped-def]
+    end, logit = ctx.saved_tensors
+    share = torch.sigmoid(logit)
+    passed = grad * ctx.limit * share
+    return passed, passed * end * (1 - share), None
+
+
+clipped.register_autograd(_backward_clipped, setup_context=_save_clipped)
+
+
+class Clip(nn.Module):
+    """Learned clipping of a group's ends (OmniQuant's LWC, arXiv 2308.13137, equation 2).
+
+    low * sigmoid(a) and high * sigmoid(b), and the grid between them; a symmetric one has the larger of both as its
+    reach. Ends are those of the weight of the moment, so that the factors stay right while a transform moves it.
+
+    Args:
+        search: start from `Searched`, factors up to 2; else at sigmoid(START), factors at most 1, as published.
+    """
+
+    START = 4.0
+
+    def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None, search: bool = False) -> None:
+        super().__init__()
+        self.bits, self.symmetric = scheme.bits, scheme.symmetric
+        self.limit = 2.0 if search else 1.0
+        grid = (Searched if search else MinMax)(groups, scheme, importance)(groups)
+        low, high = ends(groups)
+        factors = [torch.full_like(low, torch.tensor(self.START).sigmoid().item())] * 2
+        if search and self.symmetric:
+            factors = [grid.scale.abs() * midpoint(self.bits) / torch.maximum(-low, high).clamp(min=1e-30)] * 2
+        elif search:
+            levels = 2**self.bits - 1
+            factors = [-grid.zero * grid.scale / low.clamp(max=-1e-30)]
+            factors += [(levels - grid.zero) * grid.scale / high.clamp(min=1e-30)]
+        if self.symmetric:
+            self.sign = nn.Buffer(torch.where(grid.scale < 0, -1.0, 1.0))
+        self.low, self.high = (nn.Parameter(self._logit(factor)) for factor in factors)
+
+    def _logit(self, factor: Tensor) -> Tensor:
+        return torch.logit((factor / self.limit).clamp(0.02, torch.tensor(self.START).sigmoid().item()))
+
+    def forward(self, groups: Tensor) -> Grid:
+        low, high = ends(groups)
+        low, high = clipped(low, self.low, self.limit), clipped(high, self.high, self.limit)
+        if self.symmetric:
+            return symmetric_grid(self.sign * torch.maximum(-low, high) / midpoint(self.bits), self.bits)
+        return asymmetric_grid(low, high, self.bits)

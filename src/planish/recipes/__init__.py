@@ -12,22 +12,34 @@ from planish.recipes.e2e_qp import PRESETS as E2E_QP_PRESETS
 from planish.recipes.e2e_qp import e2e_qp
 from planish.recipes.efficientqat import PRESETS as EFFICIENTQAT_PRESETS
 from planish.recipes.efficientqat import efficientqat
+from planish.recipes.omniquant import PRESETS as OMNIQUANT_PRESETS
+from planish.recipes.omniquant import omniquant
 from planish.recipes.recipe import Recipe, build, describe, split_preset
+from planish.recipes.rotate import PRESETS as ROTATE_PRESETS
+from planish.recipes.rotate import rotate
 from planish.recipes.rtn import PRESETS as RTN_PRESETS
 from planish.recipes.rtn import rtn
 from planish.recipes.signround import PRESETS as SIGNROUND_PRESETS
 from planish.recipes.signround import signround
+from planish.recipes.smoothquant import PRESETS as SMOOTHQUANT_PRESETS
+from planish.recipes.smoothquant import smoothquant
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn,
+    "rotate": rotate,
+    "smoothquant": smoothquant,
     "signround": signround,
+    "omniquant": omniquant,
     "block_ap": block_ap,
     "e2e_qp": e2e_qp,
     "efficientqat": efficientqat,
 }
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "rtn": RTN_PRESETS,
+    "rotate": ROTATE_PRESETS,
+    "smoothquant": SMOOTHQUANT_PRESETS,
     "signround": SIGNROUND_PRESETS,
+    "omniquant": OMNIQUANT_PRESETS,
     "block_ap": BLOCK_AP_PRESETS,
     "e2e_qp": E2E_QP_PRESETS,
     "efficientqat": EFFICIENTQAT_PRESETS,

@@ -15,6 +15,7 @@ from typing import Any
 from planish.errors import PlanishError, nearest
 from planish.fit.spans import Stage
 from planish.fit.whole import EndToEnd
+from planish.transform import Rotate
 
 DATA_KEYS = ("samples", "seqlen")
 
@@ -24,13 +25,18 @@ class Recipe:
     """A method: stages run one after another, each over the whole model.
 
     Those that go through the blocks come first; at most one that trains the model as a whole follows.
+
+    Args:
+        rotation: how the model is turned before all that; what only turns has no stages, and another recipe follows.
     """
 
     name: str
-    stages: tuple[Stage | EndToEnd, ...]
+    stages: tuple[Stage | EndToEnd, ...] = ()
+    rotation: Rotate | None = None
 
     def __post_init__(self) -> None:
-        assert self.stages and all(isinstance(stage, Stage) for stage in self.stages[:-1]), self.name
+        assert self.stages or self.rotation, self.name
+        assert all(isinstance(stage, Stage) for stage in self.stages[:-1]), self.name
 
     @property
     def blocks(self) -> tuple[Stage, ...]:
@@ -40,7 +46,7 @@ class Recipe:
     @property
     def whole(self) -> EndToEnd | None:
         """The stage that trains the packed model as a whole, if there is one."""
-        last = self.stages[-1]
+        last = self.stages[-1] if self.stages else None
         return last if isinstance(last, EndToEnd) else None
 
     @property
@@ -49,9 +55,11 @@ class Recipe:
 
 
 def find(name: str) -> tuple[Callable[..., Recipe], Mapping[str, Mapping[str, Any]]]:
-    """The function and the presets of a recipe by name, or of 'path/to/file.py:function'."""
+    """The function and the presets of a recipe by name, of 'path/to/file.py:function', or of several chained by +."""
     from planish.recipes import PRESETS, RECIPES
 
+    if "+" in name:
+        return _chain(name)
     path, sep, attribute = name.rpartition(":")
     if sep and path.endswith(".py"):
         return _from_file(Path(path), attribute), {"default": {}}
@@ -60,6 +68,30 @@ def find(name: str) -> tuple[Callable[..., Recipe], Mapping[str, Mapping[str, An
     if name not in RECIPES:
         raise PlanishError(f"no recipe {name!r}: {nearest(name, RECIPES)}")
     return RECIPES[name], PRESETS[name]
+
+
+def _chain(name: str) -> tuple[Callable[..., Recipe], Mapping[str, Mapping[str, Any]]]:
+    """Recipes one after another: each takes the keys that it knows; presets are the last one's."""
+    parts = [find(part) for part in name.split("+")]
+    signatures = [inspect.signature(function).parameters for function, _ in parts]
+
+    def chained(**keys: Any) -> Recipe:
+        made = [
+            function(**{key: value for key, value in keys.items() if key in known})
+            for (function, _), known in zip(parts, signatures, strict=True)
+        ]
+        stages = tuple(stage for recipe in made for stage in recipe.stages)
+        if any(isinstance(stage, EndToEnd) for stage in stages[:-1]):
+            raise PlanishError(f"{name}: what trains the whole model comes last, and once")
+        rotations = [recipe.rotation for recipe in made if recipe.rotation]
+        return Recipe(name=name, stages=stages, rotation=rotations[0] if rotations else None)
+
+    texts = [inspect.getdoc(function) or "" for function, _ in parts]
+    arguments = "\n".join(text.partition("Args:\n")[2] for text in texts)
+    chained.__doc__ = f"{texts[-1].partition('Args:')[0]}Args:\n{arguments}"
+    every = {key: parameter for known in signatures for key, parameter in known.items()}
+    chained.__signature__ = inspect.Signature(list(every.values()))  # type: ignore[attr-defined]
+    return chained, parts[-1][1]
 
 
 def _from_file(path: Path, attribute: str) -> Callable[..., Recipe]:

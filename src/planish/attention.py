@@ -1,0 +1,83 @@
+"""Attention whose query, key and value are rounded, each head of a token by its own range (a KV cache of few bits).
+
+Registered with transformers under a name of its own, planish_kv4, beside its own functions, which stay as they are;
+a model takes it by its configuration, as it takes sdpa. Rounding comes after rotary embeddings, and what lies in a
+cache is what came in: a token's values are the same however it came there. While blocks are fitted it is taken for
+as long as they are. Knows nothing of weights.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from planish.errors import PlanishError
+from planish.quant.activation import fake_quantize_tokens
+from planish.scheme import Activations, Scheme
+
+
+def heads_of(schemes: Mapping[str, Scheme]) -> Activations | None:
+    """How heads are rounded; None if they aren't.
+
+    Raises:
+        PlanishError: if not alike in all layers.
+    """
+    found = {(how.kv_bits, how.symmetric) for s in schemes.values() if (how := s.activations) and how.kv_bits < 16}
+    if len(found) > 1:
+        raise PlanishError("query, key and value are rounded alike in all layers; give one kv in all schemes")
+    return next((Activations(bits=bits, symmetric=symmetric) for bits, symmetric in found), None)
+
+
+def check_heads(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
+    """Refuse a model whose attention can't be another one.
+
+    Raises:
+        PlanishError: if it can't, or schemes don't agree.
+    """
+    if heads_of(schemes) and not model._can_set_attn_implementation():
+        raise PlanishError(
+            f"{type(model).__name__} has an attention of its own, whose query, key and value can't be rounded; "
+            "drop the kv of the scheme"
+        )
+
+
+def name_of(how: Activations) -> str:
+    """The name of the attention that rounds heads so, registered by now."""
+    name = f"planish_kv{how.bits}{'s' * how.symmetric}"
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rounded: Any = [fake_quantize_tokens(heads, how) for heads in (query, key, value)]
+        return sdpa_attention_forward(module, *rounded, *args, **kwargs)
+
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+    return name
+
+
+def install(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
+    """Let a model round its heads, if schemes say so."""
+    if how := heads_of(schemes):
+        check_heads(model, schemes)
+        model.set_attn_implementation(name_of(how))
+
+
+@contextmanager
+def rounded_heads(blocks: Iterable[nn.Module], schemes: Mapping[str, Scheme]) -> Iterator[None]:
+    """Blocks round their heads, if schemes say so, for as long as it lasts."""
+    how = heads_of(schemes)
+    parts: list[Any] = [part for block in blocks for part in block.modules() if hasattr(part, "config")]
+    configs = {id(part.config): part.config for part in parts}
+    kept = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values() if how else ():
+            config._attn_implementation = name_of(how)  # type: ignore[arg-type]
+        yield
+    finally:
+        for key, config in configs.items() if how else ():
+            config._attn_implementation = kept[key]
