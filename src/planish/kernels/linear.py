@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
-from planish.kernels import choose, int8, train
-from planish.kernels import choose, cpu, train
+from planish.kernels import choose, cpu, int8, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
