@@ -243,7 +243,8 @@ def test_the_kernels_compile(bits, dtype):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @each_grid
 @each_dtype
-def test_on_a_gpu(bits, symmetric, dtype):
+def test_on_a_gpu(bits, symmetric, dtype, monkeypatch):
+    monkeypatch.setattr(int8, "FUSED", True)
     shapes = [(300, 1104), (520, 4096), (136, 265), (21, 37)]
     for number, (shape, rows) in enumerate(itertools.product(shapes, (1, 17, 130, 300))):
         weight, plain, lines = weight_of(shape, bits, symmetric)
@@ -270,7 +271,8 @@ def test_tokens_on_a_gpu(dtype, token_bits, even):
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_chain_of_layers_in_a_cuda_graph():
+def test_a_chain_of_layers_in_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(int8, "FUSED", True)
     layers = [(weight_of((1024, 1024), bits, False, seed)[0], {}) for seed, bits in enumerate((4, 8) * 4)]
     x = tokens_like(100, 1024).cuda()
 
