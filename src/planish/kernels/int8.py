@@ -134,7 +134,7 @@ def matmul(
 
 @torch.no_grad()
 def prepare(weight: Packed, cache: dict[str, Tensor], fused: bool | None = None) -> None:
-    """Codes and lines of `int8_product`, on the weight's device; records if the Hopper kernels shall do it (`fused`)."""
+    """Codes and lines of `int8_product`, on the device; records if the Hopper kernels shall do it (`fused`)."""
     q = weight.qtensor()
     signed = (q.codes.int() - midpoint(q.bits)).to(torch.int8)
     zero = torch.zeros_like(q.scale) if q.zero is None else q.zero.int() - midpoint(q.bits)
