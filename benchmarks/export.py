@@ -86,6 +86,7 @@ def one(source: str, out: str, format: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    os.sync()  # what was written before is not this export's to wait for
     start = time.perf_counter()
     planish.export(source, out, format=format, overwrite=True)
     seconds = time.perf_counter() - start
