@@ -163,7 +163,7 @@ def clocks(layout: Layout, rows: int, card: Card, settings: Settings) -> float:
     multiplies = 16 * blocks * columns
     decodes = 900 * blocks
     reads = 700 + (512 * columns + 8 * blocks * sum(layout.sizes)) / 38
-    # clusters of 4 and 8 don't fill a GPU: measured, not all that there is room for run at once
+    # clusters of 4 and 8 took as long as if a quarter of them had to wait: a guess that fits the times
     clusters = card.processors // split if split < 4 else card.processors // 16 * 12 // split
     waves = -(-pieces_of(layout, rows, settings) // clusters)
     ends = 2500 + 8 * blocks * columns + (1500 + 12 * blocks * columns if split > 1 else 0)
