@@ -161,10 +161,9 @@ def emulator(tmp_path_factory):
     """Of a layout, a dtype, settings and columns, the function that runs the kernel."""
     build = builder(tmp_path_factory.mktemp("emulator"), "gemv")
 
-    def of(layout, dtype, settings, columns):
-        apart, settings = settings.apart, settings._replace(overlap=False)
-        # some are clusters, which has nothing to do with how x is prepared
-        macros = cuda_gemv.macros(layout[:3], dtype == torch.bfloat16, settings, columns, cluster=apart)
+    def of(layout, dtype, settings, columns, cluster=False):
+        settings = settings._replace(overlap=False)
+        macros = cuda_gemv.macros(layout[:3], dtype == torch.bfloat16, settings, columns, cluster)
         return build(cuda_gemv.source(), macros).run_gemv
 
     return of
@@ -196,13 +195,14 @@ KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("cluster", [False, True], ids=["alone", "cluster"])
 @pytest.mark.parametrize("bits, group, symmetric, dtype, settings, given", KERNELS, ids=str)
-def test_the_kernels_source_matches_the_reference(emulator, bits, group, symmetric, dtype, settings, given):
+def test_the_kernels_source_matches_the_reference(emulator, bits, group, symmetric, dtype, settings, given, cluster):
     columns, counts = given
     # both are ragged everywhere; 201 inputs have no row of x that 16 bytes divide
     for number, shape in enumerate([(52, 600), (21, 201)]):
         q, weight = make(shape, bits, group, symmetric)
-        run = emulator(layout_of(weight), dtype, settings, columns)
+        run = emulator(layout_of(weight), dtype, settings, columns, cluster)
         for rows, (width, across, early) in itertools.product(counts, [(3, 1, 0), (2, 2, 1)]):
             x, bias = activations(rows, shape[1], dtype), torch.randn(shape[0]).to(dtype) if number else None
             ways = [emulate(run, x, weight, bias, width, across, early, backwards) for backwards in (False, True)]

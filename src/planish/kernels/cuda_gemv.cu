@@ -305,10 +305,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
         float* own = parts + (turn * WARPS + warp) * COLUMNS * PITCH + lane / 4;
         for (int r = 0; r < TALL; r++)
             for (int n = 0; n < MMAS; n++)
-                for (int i = 0; i < 4; i++)
-                    if (COLUMNS > 1 || (lane % 4 == 0 && i % 2 == 0))
-                        own[(COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2) * PITCH + r * TILE + i / 2 * 8] =
-                            total[r][n][i];
+                for (int i = 0; i < 4; i++) {
+                    const int m = COLUMNS == 1 ? 0 : 8 * n + lane % 4 * 2 + i % 2;
+                    if (COLUMNS > 1 || (lane % 4 == 0 && i % 2 == 0))  // blocks of a cluster may differ in peaks
+                        own[m * PITCH + r * TILE + i / 2 * 8] = total[r][n][i] * power_for(peaks[m], true);
+                }
         if (CLUSTER) meet_cluster();
         else __syncthreads();
         const int share = CLUSTER ? slice : 0, sharers = CLUSTER ? slices : 1;  // of what is added up
@@ -323,7 +324,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
                     const float* at = part + w * COLUMNS * PITCH;
                     value += CLUSTER ? remote(at, other) : *at;
                 }
-            value *= power_for(peaks[m], true);
             const long long at = (long long)m * out_features + n;
             if (!CLUSTER && slices > 1) sums_out[(long long)slice * rows * out_features + at] = value;
             else y[at] = rounded(value + (bias ? widened(bias[n]) : 0.0f));
