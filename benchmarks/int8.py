@@ -46,7 +46,7 @@ def weight_of(shape: tuple[int, int], bits: int, symmetric: bool) -> tuple[Tenso
     signs = 1 - 2 * torch.randint(0, 2, q.scale.shape, device=DEVICE)
     q = dataclasses.replace(q, scale=(q.scale * signs).half())
     cache: dict[str, Tensor] = {}
-    int8.prepare(Packed.from_qtensor(q), cache, fused=True)
+    int8.prepare(Packed.from_qtensor(q), cache)
     middle = 2 ** (bits - 1)
     return cache["int8"], (q.codes.int() - middle).to(torch.int8), cache["int8_lines"]
 

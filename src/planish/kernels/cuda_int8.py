@@ -23,7 +23,22 @@ WIDTH = 32  # what divides a row of tokens' codes
 EIGHTS, MOST_THREADS = 4, 1024  # of a row: eights of numbers that a thread holds, if the threads suffice
 
 # by capability, then by (bits, rows_of, out, in), as `cuda_gemm.TABLES`; what no table has goes by `clocks`
-TABLES: dict[tuple[int, int], dict[tuple[int, int, int, int], Settings]] = {}
+TABLES: dict[tuple[int, int], dict[tuple[int, int, int, int], Settings]] = {
+    (9, 0): {
+        (4, 16, 4096, 4096): Settings(1, 16, 2, 8),
+        (4, 16, 8192, 8192): Settings(1, 16, 2, 8),
+        (4, 256, 4096, 4096): Settings(1, 128, 2, 6),
+        (4, 256, 8192, 8192): Settings(1, 128, 1, 4),
+        (4, 2048, 4096, 4096): Settings(1, 256, 1, 3),
+        (4, 2048, 8192, 8192): Settings(1, 256, 1, 6),
+        (8, 16, 4096, 4096): Settings(1, 16, 2, 8),
+        (8, 16, 8192, 8192): Settings(1, 16, 2, 8),
+        (8, 256, 4096, 4096): Settings(1, 128, 2, 4),
+        (8, 256, 8192, 8192): Settings(1, 128, 1, 4),
+        (8, 2048, 4096, 4096): Settings(1, 256, 1, 3),
+        (8, 2048, 8192, 8192): Settings(1, 256, 1, 3),
+    },
+}
 
 
 def runs_on(device: torch.device) -> bool:

@@ -5,7 +5,7 @@
 
 u and w are codes less half their range, t and d zeros likewise: whole numbers of a byte, whose sums are exact. So
 neither the activations nor the weights are rounded a second time, to 16 bits, as a product of fake-quantized ones has
-them. A GPU multiplies by `torch._int_mm`, a CPU by fp32 products that are exact; on a Hopper GPU two kernels can do it
+them. A GPU multiplies by `torch._int_mm`, a CPU by fp32 products that are exact; on a Hopper GPU two kernels do it
 all (`cuda_int8`). All give the same bits. Knows nothing of layers, nor of how codes were found.
 """
 
@@ -23,7 +23,6 @@ from planish.qtensor import QTensor, midpoint
 SMALLEST = 1e-12  # of a token's scale
 EXACT = 1024  # products of two bytes that fp32 adds up exactly
 FEWEST, MULTIPLE = 32, 8  # rows that torch._int_mm takes, and what divides the other sizes
-FUSED = False  # whether a Hopper GPU takes `cuda_int8`: not before benchmarks/int8.py has held it against this there
 
 
 class Tokens(NamedTuple):
@@ -133,15 +132,14 @@ def matmul(
 
 
 @torch.no_grad()
-def prepare(weight: Packed, cache: dict[str, Tensor], fused: bool | None = None) -> None:
-    """Codes and lines of `int8_product`, on the device; records if the Hopper kernels shall do it (`fused`)."""
+def prepare(weight: Packed, cache: dict[str, Tensor]) -> None:
+    """Codes and lines of `int8_product`, on the device; records where the Hopper kernels do it."""
     q = weight.qtensor()
     signed = (q.codes.int() - midpoint(q.bits)).to(torch.int8)
     zero = torch.zeros_like(q.scale) if q.zero is None else q.zero.int() - midpoint(q.bits)
     parts = [q.scale.float().view(torch.int32), zero.int(), signed.sum(1, keepdim=True, dtype=torch.int32)]
     cache["int8_lines"] = torch.cat([*parts, torch.zeros_like(parts[1])], dim=1)
-    fused = FUSED if fused is None else fused
-    cache["int8"] = records_of(signed, q) if fused and cuda_int8.runs_on(signed.device) else signed
+    cache["int8"] = records_of(signed, q) if cuda_int8.runs_on(signed.device) else signed
     if signed.is_cuda:
         torch.cuda.current_stream(signed.device).synchronize()  # kernels that overlap read weights before they wait
 
