@@ -193,6 +193,23 @@ def test_finetune_lean_from_folder_to_folder(tmp_path: Path, tiny_llama: Callabl
     assert all(torch.equal(a.codes, b.codes) and not torch.equal(a.scale, b.scale) for a, b in pairs)
 
 
+def test_a_stage_for_which_memory_is_too_short_is_left_out(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Setting:
+        raise PlanishError("of 1 GB there is nothing left")
+
+    monkeypatch.setattr(tune_module, "planned", refuse)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"data": ids, "samples": 8, "seqlen": 16, "device": "cpu", "steps": 1}
+    figures = planish.quantize_to(tiny_llama(), tmp_path / "q2", "planish", "w2g32", **asked).figures
+    assert figures["notes"][-1] == "end_to_end is left out: of 1 GB there is nothing left"
+    assert "end_to_end" not in figures and len(packed_layers(planish.load(tmp_path / "q2", device="cpu"))) == 14
+    del asked["steps"]
+    with pytest.raises(PlanishError, match="of 1 GB"):
+        planish.quantize_to(tiny_llama(), tmp_path / "other", "efficientqat", "w2g32", epochs=1.0, **asked)
+
+
 def test_a_recipe_of_two_stages_may_end_lean(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
     manifest = planish.finetune(
