@@ -4,14 +4,20 @@
         [--seeds 3] [--calibration wikitext|mix] [--texts valid|test] [--tiny]
 
 A recipe may have a scheme and keys of its own: planish:w2g64:distill=0.9,e2e_epochs=4 (a scheme there goes before
---schemes; samples= counts windows; preset= is one of the recipe's). 16-bit is the float model.
+--schemes; samples= counts windows; preset= is one of the recipe's). 16-bit is the float model. One that trains a model
+that is quantized already starts from a folder, which --keep FOLDER wrote of a setting before: end-to-end settings are
+so compared without fitting the blocks for each:
+
+    --keep W2 --recipes planish:w2g64:end_to_end=false
+    --recipes "e2e_qp:w2g64:start=W2,distill=1 e2e_qp:w2g64:start=W2,distill=1,norm_rate=1e-3"
 
 MODEL is the bf16 folder of examples/get_smollm2.py; WIKITEXT2 a folder with wiki.train.part.raw, wiki.valid.tokens and
 wiki.test.raw. Settings are chosen on valid, whose perplexity is always measured (its spaced punctuation undone by
 simple rules); test is measured only by --texts test. Calibration: random windows of 2048 tokens of the
 training text, drawn by the seed; or of the mix, equal parts of four folders beside WIKITEXT2 that hold no WikiText:
 c4_sample, debian_docs, python_source, gsm8k. Each row is written as soon as it is had, and rows that OUT.json holds
-already aren't measured again. Seconds are those of `planish.quantize`, whole, loading and compiling included.
+already aren't measured again. Seconds are those of
+`planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
 """
 
 import argparse
@@ -19,6 +25,7 @@ import datetime
 import json
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,18 +97,30 @@ def measure(
         model = planish.load(args.model)
     else:
         own = dict(keys)
-        preset = own.pop("preset", None)
+        preset, folder = own.pop("preset", None), own.pop("start", None)
         samples = int(own.pop("samples", split_preset(recipe, preset)[1].get("samples", 128)))
         samples, seqlen = (8, 64) if args.tiny else (samples, 2048)
-        data = windows(texts["calibration"], samples, seqlen, seed)
+        about = {
+            "data": windows(texts["calibration"], samples, seqlen, seed),
+            "samples": samples,
+            "seqlen": seqlen,
+            "seed": seed,
+            "preset": preset,
+        }
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model = planish.quantize(args.model, recipe, scheme, preset=preset, data=data, samples=samples, seqlen=seqlen,
-                                 seed=seed, **own)  # fmt: skip
+        if folder is None:
+            model = planish.quantize(args.model, recipe, scheme, **about, **own)
+        else:
+            with tempfile.TemporaryDirectory() as out:
+                planish.finetune(folder, Path(out) / "tuned", recipe, teacher=args.model, keys=own, **about)
+                model = planish.load(Path(out) / "tuned")
         row |= {"seconds": round(time.perf_counter() - start, 1), "windows": samples}
         if torch.cuda.is_available():
             row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        if args.keep:
+            planish.save(model, args.keep, format="native", overwrite=True)
     limit, seqlen = (1, 64) if args.tiny else (None, 2048)
     for name in ("valid", "test") if args.texts == "test" else ("valid",):
         row[name] = round(planish.perplexity(model, texts[name], seqlen=seqlen, limit=limit), 4)
@@ -134,6 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--calibration", choices=("wikitext", "mix"), default="wikitext")
     parser.add_argument("--texts", choices=("valid", "test"), default="valid")
+    parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
     parser.add_argument("--tiny", action="store_true", help="short windows and one step's worth: a dry run")
     args = parser.parse_args()
