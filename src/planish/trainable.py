@@ -118,7 +118,7 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[
     return found
 
 
-def _thaw(model: nn.Module, name: str, layer: PackedLinear, slots: Iterable[str]) -> dict[str, nn.Parameter]:
+def _thaw(model: PreTrainedModel, name: str, layer: PackedLinear, slots: Iterable[str]) -> dict[str, nn.Parameter]:
     """Put a linear whose weight is rounded anew at each step in the place of a packed one; its parameters by slot.
 
     The weight starts from W_hat, the middle of each code's cell: nothing is lost, and no code changes at first.
@@ -126,7 +126,7 @@ def _thaw(model: nn.Module, name: str, layer: PackedLinear, slots: Iterable[str]
     held = layer.qtensor()
     if held.order is not None or held.offset is not None:
         raise PlanishError(f"{name} has columns in another order, or offsets, and its codes can't be trained")
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(held.dequantize(dtype))
     if layer.bias is not None:

@@ -62,7 +62,7 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
 
 --bits 4 is w4g128: groups of 128 cost an eighth of a bit a weight. --bits 2 is w2g64, since at 2 bits
 one scale for 128 weights loses far more than that eighth buys. Both are symmetric: the scale's sign puts
-the one extra level on the larger tail, which zero points seldom beat, and more servers load it.
+the one extra level on the larger tail, which zero points seldom beat and cost room beside.
 
 KEY=VALUE sets a recipe's own keys: see planish recipes planish. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
