@@ -56,11 +56,11 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
     )
     assert made.status == 0, made.err
     assert "13 of 14 linears" in made.out and "bits a weight with embeddings" in made.out
-    assert "signround   2/2   loss " in made.out and " left   peak " in made.out
+    assert "planish   2/2   loss " in made.out and " left   peak " in made.out and "end_to_end" in made.out
     assert f"wrote {out}" in made.out
     shown = planish("info", out)
     assert shown.status == 0, shown.err
-    assert "13 of 14 linears quantized" in shown.out and "made by signround steps=2 from" in shown.out
+    assert "13 of 14 linears quantized" in shown.out and "made by planish steps=2 from" in shown.out
     assert "model.layers.*.mlp.down_proj" in shown.out and "w8g64" in shown.out and "16-bit" in shown.out
     assert "model.layers.1.mlp.up_proj" in planish("info", out, "--linears").out
     measured = planish("eval", out, "--ppl", text, "--seqlen", "32", "--limit", "2", "--device", "cpu")
@@ -112,11 +112,11 @@ def test_fewer_windows_are_said(planish, tiny_llama, tmp_path):
     ("words", "message"),
     [
         (("--recipe", "signrond"), "no recipe 'signrond': did you mean 'signround'?"),
-        (("stepps=3",), "recipe 'signround' has no key 'stepps': did you mean 'steps'?"),
+        (("stepps=3",), "recipe 'planish' has no key 'stepps': did you mean 'steps'?"),
         (("steps=many",), "steps='many' isn't a number"),
         (("steps",), "'steps' isn't KEY=VALUE; write a recipe's key as steps=100"),
         (("samples=3",), "'samples=3': samples is an option; write --samples 3"),
-        (("--preset", "fats"), "recipe 'signround' has no preset 'fats': did you mean 'fast'?"),
+        (("--preset", "fats"), "recipe 'planish' has no preset 'fats': did you mean 'fast'?"),
         (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
         (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
         (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 6, 8"),

@@ -242,6 +242,9 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     assert needs_of(ample).gpu > 0 and needs_of(ample).problem == ""
     short = dataclasses.replace(ample, room=dataclasses.replace(ample.room, device=100_000))
     assert "training takes" in needs_of(short).problem
+    optional = case(resolve(tiny_llama(), "planish", "w4g32", **SMALL), samples=8, micro_batch=1)
+    short = dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=100_000))
+    assert "training takes" not in needs_of(short).problem, "it would be left out"
 
 
 def test_a_gpu_and_the_cpu_contradict(tiny_llama: Tiny) -> None:

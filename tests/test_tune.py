@@ -23,7 +23,7 @@ from planish.trainable import free_slots
 from planish.tune import planned, tune, wants_checkpointing, whole_size
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-GB = 10**9
+CPU_DTYPE, GB = torch.float32, 10**9
 IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
 TINY = {
     "vocab_size": 64,
@@ -56,7 +56,13 @@ def model_of(**config: Any) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(
     ("scheme", "slots"),
-    [("w2g32", ["scale"]), ("w3g32asym", ["scale", "zero"]), ("w3g32asym", ["scale"]), ("w4pcasym", ["zero"])],
+    [
+        ("w2g32", ["scale"]),
+        ("w3g32asym", ["scale", "zero"]),
+        ("w3g32asym", ["scale"]),
+        ("w4pcasym", ["zero"]),
+        ("w2g32", ["scale", "norm"]),
+    ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_size_is_that_of_the_packed_model(scheme: str, slots: list[str], tied: bool) -> None:
@@ -65,7 +71,7 @@ def test_the_size_is_that_of_the_packed_model(scheme: str, slots: list[str], tie
     schemes = {name: Scheme.parse(scheme) for name in packed_layers(packed)}
     size = whole_size(model, schemes, stage(*slots), torch.float32)
     parameters = free_slots(packed, stage(*slots))
-    trained = [value for members in parameters.values() for value in members]
+    trained = [value for members in parameters.values() for value, _ in members]
     assert size.trained == sum(value.numel() for value in trained) == 3 * size.largest
     held = sum(value.nbytes for value in packed.state_dict(keep_vars=True).values())
     if tied:
@@ -76,6 +82,16 @@ def test_the_size_is_that_of_the_packed_model(scheme: str, slots: list[str], tie
     assert (size.boundary, size.blocks) == (4 * 64, 3)
     other = whole_size(model, schemes, stage(*slots, distill=0.5), torch.float32)
     assert other.fixed - size.fixed == 4 * 64 * 64 and other.logits > size.logits, "the other model's head"
+
+
+def test_weights_that_are_trained_are_counted() -> None:
+    model = model_of()
+    packed = planish.quantize(copy.deepcopy(model), "rtn", "w2g32", device="cpu")
+    schemes = {name: Scheme.parse("w2g32") for name in packed_layers(packed)}
+    before, size = (whole_size(model, schemes, stage(*slots), CPU_DTYPE) for slots in (["scale"], ["scale", "weight"]))
+    parameters = free_slots(packed, stage("scale", "weight"))
+    assert size.trained == sum(value.numel() for members in parameters.values() for value, _ in members)
+    assert size.trained - before.trained == size.weights and size.fixed > before.fixed
 
 
 # measured on an H100 by benchmarks/e2e70b.py: the peak of what torch held
@@ -175,6 +191,23 @@ def test_finetune_lean_from_folder_to_folder(tmp_path: Path, tiny_llama: Callabl
     both = [planish.load(tmp_path / name, device="cpu") for name in ("q2", "tuned")]
     pairs = zip(*(packed_layers(model).values() for model in both), strict=True)
     assert all(torch.equal(a.codes, b.codes) and not torch.equal(a.scale, b.scale) for a, b in pairs)
+
+
+def test_a_stage_for_which_memory_is_too_short_is_left_out(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Setting:
+        raise PlanishError("of 1 GB there is nothing left")
+
+    monkeypatch.setattr(tune_module, "planned", refuse)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    asked: dict[str, Any] = {"data": ids, "samples": 8, "seqlen": 16, "device": "cpu", "steps": 1}
+    figures = planish.quantize_to(tiny_llama(), tmp_path / "q2", "planish", "w2g32", **asked).figures
+    assert figures["notes"][-1] == "end_to_end is left out: of 1 GB there is nothing left"
+    assert "end_to_end" not in figures and len(packed_layers(planish.load(tmp_path / "q2", device="cpu"))) == 14
+    del asked["steps"]
+    with pytest.raises(PlanishError, match="of 1 GB"):
+        planish.quantize_to(tiny_llama(), tmp_path / "other", "efficientqat", "w2g32", epochs=1.0, **asked)
 
 
 def test_a_recipe_of_two_stages_may_end_lean(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ from planish.tune import quantize_in_memory
 
 def quantize(
     model: ModelLike,
-    recipe: str = "signround",
+    recipe: str = "planish",
     scheme: str = "w4g128",
     *,
     data: str | Path | Tensor = "embedded",
@@ -96,7 +96,7 @@ def quantize(
 def quantize_to(
     model: ModelLike,
     out: str | os.PathLike[str],
-    recipe: str = "signround",
+    recipe: str = "planish",
     scheme: str = "w4g128",
     *,
     data: str | Path | Tensor = "embedded",

@@ -57,12 +57,15 @@ class Arch:
         return tuple(name for name in self.outside if name.startswith(f"{self.decoder}."))
 
 
-def discover(model: "PreTrainedModel", packed: type[nn.Module] | tuple[()] = ()) -> Arch:
+Classes = type[nn.Module] | tuple[type[nn.Module], ...]
+
+
+def discover(model: "PreTrainedModel", packed: Classes = ()) -> Arch:
     """Find the parts of a transformers language model.
 
     Args:
         model: its parameters may be on meta.
-        packed: class of the layers that stand for an nn.Linear in a quantized model; with `in_features`
+        packed: classes of the layers that stand for an nn.Linear in a quantized model; with `in_features`
             and `out_features`.
 
     Raises:
@@ -79,7 +82,7 @@ def discover(model: "PreTrainedModel", packed: type[nn.Module] | tuple[()] = ())
     if embedding is None:
         raise PlanishError(f"{kind} has no token embedding; give a decoder-only language model")
     blocks = max(lists, key=lambda name: (*_kinship(model, name, embedding), _size(lists[name], packed)))
-    _refuse_fused_experts(lists[blocks], blocks)
+    _refuse_fused_experts(lists[blocks], blocks, packed)
     head = _name_of(model, model.get_output_embeddings())
     outside = tuple(_outside(model, "", blocks))
     return Arch(blocks=blocks, num_blocks=len(lists[blocks]), embedding=embedding, head=head, outside=outside)
@@ -101,7 +104,7 @@ def _linears(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _is_stack(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> bool:
+def _is_stack(module: nn.Module, packed: Classes) -> bool:
     """Is it an nn.ModuleList of one class whose children hold nn.Linear, or what stands for it?"""
     if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
         return False
@@ -117,15 +120,18 @@ def _kinship(model: nn.Module, stack: str, embedding: str) -> tuple[int, bool]:
     return shared, all(getattr(part, "main_input_name", "input_ids") == "input_ids" for part in between)
 
 
-def _size(module: nn.Module, packed: type[nn.Module] | tuple[()]) -> int:
+def _size(module: nn.Module, packed: Classes) -> int:
     layers = (part for part in module.modules() if isinstance(part, packed))
     standing = sum(layer.in_features * layer.out_features for layer in layers)  # type: ignore[operator, misc]
     return standing + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _refuse_fused_experts(blocks: nn.Module, prefix: str) -> None:
-    for name, module in blocks.named_modules(prefix=prefix):
-        if isinstance(module, _ConvNd):  # a short convolution's kernel has three dimensions too
+def _refuse_fused_experts(blocks: nn.Module, prefix: str, packed: Classes) -> None:
+    modules = dict(blocks.named_modules(prefix=prefix))
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, packed))
+    for name, module in modules.items():
+        # a short convolution's kernel has three dimensions too, and so have the grids of a quantizer
+        if isinstance(module, _ConvNd) or name.startswith(inside):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:

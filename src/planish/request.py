@@ -88,7 +88,7 @@ class Resolved:
 
 def resolve(
     model: ModelLike,
-    recipe: str = "signround",
+    recipe: str = "planish",
     scheme: str = "w4g128",
     *,
     layers: Iterable[str] = (),

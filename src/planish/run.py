@@ -73,8 +73,8 @@ class Run:
             )
         if self.recipe.whole is not None and self.journal is not None:
             raise PlanishError(
-                f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume, "
-                "then planish finetune with --resume"
+                f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume "
+                "(planish: end_to_end=false), then planish finetune with --resume"
             )
         if self.journal is not None and any(how.turned for s in self.schemes.values() if (how := s.activations)):
             raise PlanishError("--resume can't go on with inputs that are turned by choice; drop the h of the scheme")

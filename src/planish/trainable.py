@@ -8,9 +8,11 @@
 What was trained is what is packed, bit for bit. Knows nothing of data, losses or files.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -26,7 +28,7 @@ from planish.hf import attach
 from planish.kernels import siblings
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
-from planish.quant import QLinear, Quantizer
+from planish.quant import Free, Learned, QLinear, Quantizer
 from planish.recipes import build
 from planish.scheme import SchemeMap
 
@@ -83,29 +85,67 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     return attach(siblings.settle(model.requires_grad_(False)))
 
 
-def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[nn.Parameter]]:
-    """Make the slots of a whole-model stage trainable; the parameters by slot.
+def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[nn.Parameter, float]]]:
+    """Make the slots of a whole-model stage trainable; the parameters by slot, with the units of their rates.
 
     Raises:
-        PlanishError: if the model isn't quantized, or has no zero points to train.
+        PlanishError: if the model isn't quantized, or lacks what is to be trained.
     """
     packed = packed_layers(model)
     if not packed:
         raise PlanishError(f"{stage.name} trains a quantized model, and this one isn't; quantize it first")
     if any(isinstance(layer, PackedEmbedding) for layer in packed.values()):
         raise PlanishError(f"{stage.name} needs the embedding in 16 bits; quantize it last, with planish export")
-    found: dict[str, list[nn.Parameter]] = {slot: [] for slot in stage.rates}
-    for layer in packed.values():
+    found: dict[str, list[tuple[nn.Parameter, float]]] = {slot: [] for slot in stage.rates}
+    if "norm" in found:
+        arch = discover(model, PackedLinear)
+        norms = norms_of({name: model.get_submodule(name) for name in map(arch.block, range(arch.num_blocks))})
+        found["norm"] = [(master, master.detach().abs().mean().item()) for master in free(norms)]
+    for name, layer in packed.items():
         layer.to_codes()
-        slots = [slot for slot in stage.rates if slot != "zero" or not layer.symmetric]
-        for slot, parameter in layer.make_trainable(slots).items():
-            found[slot].append(parameter)
+        step = layer.scale.detach().abs().float().mean().item()
+        slots = [slot for slot in stage.rates if slot != "norm" and (slot != "zero" or not layer.symmetric)]
+        freed = _thaw(model, name, layer, slots) if "weight" in slots else layer.make_trainable(slots)
+        for slot, parameter in freed.items():
+            found[slot].append((parameter, 1.0 if slot == "zero" else step))
     for slot, parameters in found.items():
+        if slot == "norm" and not parameters:
+            raise PlanishError("the blocks have no norm with a weight to train; drop norm_rate")
         if not parameters:
             raise PlanishError(
                 f"a symmetric grid has no {slot} to train; drop {slot}_rate, or quantize with zero points"
             )
     return found
+
+
+def _thaw(model: PreTrainedModel, name: str, layer: PackedLinear, slots: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Put a linear whose weight is rounded anew at each step in the place of a packed one; its parameters by slot.
+
+    The weight starts from W_hat, the middle of each code's cell: nothing is lost, and no code changes at first.
+    """
+    held = layer.qtensor()
+    if held.order is not None or held.offset is not None:
+        raise PlanishError(f"{name} has columns in another order, or offsets, and its codes can't be trained")
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(held.dequantize(dtype))
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias)
+    quantizer = Quantizer(
+        held.dequantize(torch.float32),
+        layer.scheme,
+        weight_slot=Free,
+        range_slot=functools.partial(Learned, search=False),
+    ).requires_grad_(False)
+    parameters = {"weight": "weight.value", "scale": "range.scale", "zero": "range.zero"}
+    quantizer.get_parameter("range.scale").data.copy_(held.scale.float().unsqueeze(-1))
+    if held.zero is not None:
+        quantizer.get_parameter("range.zero").data.copy_(held.zero.float().unsqueeze(-1))
+    _put(model, name, QLinear(linear, quantizer, layer.activations))
+    freed = {slot: quantizer.get_parameter(parameters[slot]) for slot in slots}
+    for parameter in freed.values():
+        parameter.requires_grad_(True)
+    return freed
 
 
 def check_trainer() -> None:
@@ -115,7 +155,7 @@ def check_trainer() -> None:
         PlanishError: if accelerate isn't installed.
     """
     if not is_accelerate_available():
-        raise PlanishError("training the whole model needs accelerate; pip install 'planish[finetune]'")
+        raise PlanishError("training the whole model needs accelerate; pip install accelerate")
 
 
 def _attach(model: PreTrainedModel, stage: Stage, schemes: SchemeMap) -> None:

@@ -6,13 +6,13 @@
     teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
     tune(model, stage, ids, labels, teacher, setting)
 
-Scales (and zero points) become trainable, are trained, and are frozen again as they will be stored. Knows nothing
+What the stage names becomes trainable, is trained, and is frozen again as it will be stored. Knows nothing
 of the checkpoint it came from or goes to.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planish.arch import discover, linears
+from planish.arch import Arch, discover, linears
 from planish.errors import PlanishError
 from planish.fit.finetune import finetune
 from planish.fit.lean_loop import finetune_lean
+from planish.fit.norms import norms_of
 from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
 from planish.fit.teacher import last_hidden
-from planish.fit.watch import Setting, Windows, was_lean
+from planish.fit.watch import Setting, Slots, Windows, was_lean
 from planish.fit.whole import EndToEnd
 from planish.folder import assemble
 from planish.instruct import Examples
@@ -134,10 +135,10 @@ def tune(
         teacher: needed if the stage distils; its hidden states in the order of `ids`.
     """
     assert teacher is not None or stage.distill == 0
-    parameters = free_slots(model, stage)
+    arch, parameters = discover(model, PackedLinear), free_slots(model, stage)
     objective = Objective(
         model,
-        discover(model, PackedLinear),
+        arch,
         distill=stage.distill,
         temperature=stage.temperature,
         teacher_logits=None if teacher is None else teacher.logits,
@@ -160,13 +161,13 @@ def tune(
 
 def _by_trainer(
     objective: Objective,
-    parameters: Mapping[str, Sequence[nn.Parameter]],
+    parameters: Slots,
     windows: Windows,
     stage: EndToEnd,
     setting: Setting,
 ) -> Outcome:
     """With half as many samples in a pass, from the start, whenever memory runs out."""
-    members = [parameter for slot in parameters.values() for parameter in slot]
+    members = [parameter for slot in parameters.values() for parameter, _ in slot]
     start = [parameter.detach().to("cpu", copy=True) for parameter in members]
     while True:
         try:
@@ -221,8 +222,9 @@ def whole_size(
     """
     arch, config = discover(skeleton), skeleton.config.get_text_config()
     shapes, item = linears(arch, skeleton), dtype.itemsize
+    of_block = [sum(norms) if "norm" in stage.rates else 0 for norms in _norm_sizes(skeleton, arch)]
     rest = [value for name, value in skeleton.named_parameters() if name.removesuffix(".weight") not in schemes]
-    codes, of_block, graph = 0, [0] * arch.num_blocks, [0] * arch.num_blocks
+    codes, graph, latent = -item * sum(of_block), [0] * arch.num_blocks, "weight" in stage.rates
     for name, (rows, columns) in shapes.items():
         block = int(name.removeprefix(f"{arch.blocks}.").partition(".")[0])
         # a linear's input and output; as much again for norms, activation functions and gradients on their way
@@ -230,9 +232,10 @@ def whole_size(
         if (scheme := schemes.get(name)) is None:
             continue
         groups, stored = rows * scheme.groups_in(columns), {"scale": 2} if scheme.symmetric else {"scale": 2, "zero": 1}
-        codes += rows * scheme.bits * -(-columns // 8)
+        # weights that are trained have no codes, but what they started from and what they round to
+        codes += 2 * item * rows * columns if latent else rows * scheme.bits * -(-columns // 8)
         codes += groups * sum(count for slot, count in stored.items() if slot not in stage.rates)
-        of_block[block] += groups * sum(slot in stage.rates for slot in stored)
+        of_block[block] += groups * sum(slot in stage.rates for slot in stored) + rows * columns * latent
     head = config.vocab_size * config.hidden_size * item if stage.distill > 0 else 0
     packed = [shapes[name] for name in schemes]
     return WholeSize(
@@ -246,6 +249,12 @@ def whole_size(
         boundary=config.hidden_size * item,
         blocks=arch.num_blocks,
     )
+
+
+def _norm_sizes(skeleton: PreTrainedModel, arch: Arch) -> list[list[int]]:
+    """By block the sizes of its norms."""
+    blocks = ({name: skeleton.get_submodule(name)} for name in map(arch.block, range(arch.num_blocks)))
+    return [[norm.get_parameter("weight").numel() for norm in norms_of(block).values()] for block in blocks]
 
 
 def quantize_in_memory(
@@ -274,7 +283,14 @@ def quantize_in_memory(
             checkpointing=wants_checkpointing(size, run.device),
             progress=run.progress,
         )
-        setting = planned(how(setting), size, stage, examples.ids.shape[1])
+        try:
+            setting = planned(how(setting), size, stage, examples.ids.shape[1])
+        except PlanishError as reason:
+            if not stage.optional:
+                raise
+            run.notes.append(note := f"{stage.name} is left out: {reason}")
+            layers, trained, figures = _blocks(run)
+            return _assembled(run, layers, trained, source.dtype), {**figures, "notes": [*figures["notes"], note]}
         layers, trained, figures = _blocks(run)
         teacher = None
         if stage.distill > 0:

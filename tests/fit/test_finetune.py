@@ -22,7 +22,9 @@ from planish.fit.objective import Objective, logits_of, shifted
 from planish.fit.watch import Setting, Watch, was_lean
 from planish.fit.whole import EndToEnd
 from planish.kernels.linear import packed_layers
+from planish.scheme import Scheme
 from planish.source import open_source
+from planish.trainable import free_slots
 from planish.tune import Teacher, check_vocabulary, teacher_of, tune
 
 CPU = torch.device("cpu")
@@ -99,6 +101,39 @@ def test_the_loss_falls_and_codes_stay(tmp_path: Path, distill: float, lean: boo
         assert layer.scale.dtype == torch.float16 and not layer.trainable
         assert not torch.equal(layer.scale, start[name].scale)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("scheme", ["w2g32", "w2g32asym"])
+def test_norms_and_codes_learn_where_they_may(tmp_path: Path, scheme: str, lean: bool) -> None:
+    model, float_norm = quantized(scheme), float_model().model.layers[0].input_layernorm.weight
+    rates = {"scale": 5e-3, "norm": 5e-3, "weight": 5e-2, **({"zero": 2e-2} if scheme.endswith("asym") else {})}
+    stage = dataclasses.replace(STAGE, rates=rates)
+    start = {name: layer.qtensor().codes for name, layer in packed_layers(model).items()}
+    before = held_out(model, stage)
+    outcome = tune(model, stage, IDS, IDS, teacher(), setting(tmp_path, lean=lean))
+    assert outcome.before == pytest.approx(before, rel=1e-5), "it starts from what was given"
+    assert outcome.after == pytest.approx(held_out(model, stage), rel=1e-5), "what was trained is what is packed"
+    alone = quantized(scheme)
+    scales_alone = dataclasses.replace(STAGE, rates={"scale": 5e-3})
+    assert outcome.after < tune(alone, scales_alone, IDS, IDS, teacher(), setting(tmp_path, lean=lean)).after
+    layers = packed_layers(model)
+    assert layers.keys() == start.keys() and all(layer.scheme == Scheme.parse(scheme) for layer in layers.values())
+    assert any(not torch.equal(layer.qtensor().codes, start[name]) for name, layer in layers.items())
+    assert not torch.equal(model.model.layers[0].input_layernorm.weight, float_norm)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_cannot_be_trained(tmp_path: Path) -> None:
+    model = quantized("w2g32")
+    for block in model.model.layers:
+        block.input_layernorm, block.post_attention_layernorm = nn.Identity(), nn.Identity()
+    with pytest.raises(PlanishError, match="the blocks have no norm with a weight to train; drop norm_rate"):
+        free_slots(model, dataclasses.replace(STAGE, rates={"norm": 1e-3}))
+    layer = next(iter(packed_layers(other := quantized("w2g32")).values()))
+    layer.order = torch.arange(layer.in_features, dtype=torch.int32)
+    with pytest.raises(PlanishError, match="q_proj has columns in another order, or offsets, and its codes can't be"):
+        free_slots(other, dataclasses.replace(STAGE, rates={"weight": 1e-3}))
 
 
 @pytest.mark.parametrize("lean", [False, True])

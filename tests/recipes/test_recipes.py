@@ -91,6 +91,20 @@ def test_efficientqat_is_block_ap_and_then_e2e_qp(preset: str) -> None:
         assert blocks.fit == alone.fit and whole.rates == build("e2e_qp", "paper").whole.rates  # type: ignore[union-attr]
 
 
+def test_planish_is_made_of_the_others() -> None:
+    (blocks,), whole = build("planish").blocks, build("planish").whole
+    assert blocks.fit == build("block_ap").blocks[0].fit and blocks.importance and blocks.products
+    assert whole is not None and (whole.distill, whole.rates, whole.optional) == (1.0, {"scale": 2e-3}, True)
+    rounding = build("planish", None, {"fit": "rounding", "steps": 30}).blocks[0]
+    assert rounding.fit == fit_of(build("signround", None, {"steps": 30})) and rounding.rounding is Offset
+    (light,), (fast,) = build("planish", "light").stages, build("planish", "fast").stages
+    assert light.fit == fit_of(build("signround")) and fast.range is Searched and fast.fit is None  # type: ignore[union-attr]
+    more = {"e2e_norm_rate": "1e-3", "e2e_weight_rate": "5e-3", "e2e_zero_rate": "0.01", "distill": "0.9"}
+    last = build("planish", "best", more).whole
+    assert last is not None and last.rates == {"scale": 2e-3, "zero": 0.01, "norm": 1e-3, "weight": 5e-3}
+    assert (last.distill, last.epochs, split_preset("planish", "best")[1]) == (0.9, 8, {"samples": 512})
+
+
 def test_omniquant_clips_and_scales_where_activations_are_rounded() -> None:
     (stage,) = build("omniquant").blocks
     assert stage.smooth is not None and not stage.smooth.always and stage.importance
@@ -183,6 +197,8 @@ def test_values_that_have_their_type_pass_through() -> None:
         ("e2e_qp", None, {"temperature": 0}, "temperature and clip must be above 0, warmup a share below 1"),
         ("e2e_qp", None, {"warmup": 1}, "temperature and clip must be above 0, warmup a share below 1"),
         ("e2e_qp", None, {"steps": 0}, "must be 1 or more"),
+        ("planish", None, {"fit": "weight"}, "fit='weight': did you mean 'weights'?"),
+        ("planish", "light", {"epochs": 2}, "epochs and norm_rate are of fit=weights, and this is fit=rounding; drop"),
         ("efficientqat", None, {"e2e_rate": 0}, "the learning rate of scale is 0; it must be above 0"),
         ("efficientqat", None, {"e2e_rates": 1}, "recipe 'efficientqat' has no key 'e2e_rates': did you mean 'e2e_"),
     ],

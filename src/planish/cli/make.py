@@ -39,26 +39,32 @@ _QUANTIZE = """
 Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
 
 \b
-  4 bits with SignRound, calibrated on text that Python carries:
+  4 bits, calibrated on text that Python carries; 2 bits on a text of your own, which is better:
     planish quantize ./model --out q4
-  3 bits, a tenth of the steps; 2 bits on a text of your own:
-    planish quantize ./model --bits 3 --preset fast --out q3
     planish quantize ./model --bits 2 --data text.jsonl --out q2
-  seconds, no training; rounding to nearest with searched ranges:
-    planish quantize ./model --recipe rtn search=true --out q4
+  seconds, nothing trained; blocks fitted, the whole model not; more steps on more text:
+    planish quantize ./model --preset fast --out q4
+    planish quantize ./model --bits 3 --preset light --out q3
+    planish quantize ./model --bits 2 --preset best --data text.jsonl --out q2
+  a publication's method, such as SignRound:
+    planish quantize ./model --recipe signround --preset paper --out q4
   more bits for some linears, 16 for others:
     planish quantize ./model --layers down_proj=w8 --ignore o_proj --out q4
   ranges clipped and channels scaled, on hidden states that are turned; 4-bit activations too:
     planish quantize ./model --recipe rotate+omniquant --scheme w4a4 --out q4
   hours of work that a kill must not cost; the same command goes on:
-    planish quantize ./model --preset best --resume --out q4
+    planish quantize ./model --preset light --resume --out q4
   for a server, which decides on the format and what it can hold:
     planish quantize ./model --target vllm --tp 2 --out q4
     planish quantize ./model --bits 2 --target llama.cpp --embeddings 8 --out q2
   a method of your own, with its own keys:
     planish quantize ./model --recipe ./mine.py:mine steps=50 --out q4
 
-KEY=VALUE sets a recipe's own keys: see planish recipes signround. --data takes embedded, a .txt, .raw
+--bits 4 is w4g128: groups of 128 cost an eighth of a bit a weight. --bits 2 is w2g64, since at 2 bits
+one scale for 128 weights loses far more than that eighth buys. Both are symmetric: the scale's sign puts
+the one extra level on the larger tail, which zero points seldom beat and cost room beside.
+
+KEY=VALUE sets a recipe's own keys: see planish recipes planish. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
 """
 
@@ -86,7 +92,7 @@ def quantize(
     model: ModelName,
     pairs: Pairs = None,
     out: Out = None,
-    recipe: RecipeName = "signround",
+    recipe: RecipeName = "planish",
     preset: Preset = None,
     scheme: SchemeText = None,
     bits: Bits = None,
@@ -206,7 +212,7 @@ def finetune(
 def plan(
     model: ModelName,
     pairs: Pairs = None,
-    recipe: RecipeName = "signround",
+    recipe: RecipeName = "planish",
     preset: Preset = None,
     scheme: SchemeText = None,
     bits: Bits = None,
@@ -279,7 +285,7 @@ def export(
 
 
 def _scheme(scheme: str | None, bits: int | None) -> str:
-    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64."""
+    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64 (see the help)."""
     if scheme is not None and bits is not None:
         raise PlanishError(f"--scheme {scheme} and --bits {bits} say the same thing twice; give one of them")
     if bits is None:

@@ -19,7 +19,7 @@ def recipes(name: Annotated[str | None, Argument(metavar="[NAME]", show_default=
 
     \b
       planish recipes
-      planish recipes signround
+      planish recipes planish
     """
     from planish.recipes import RECIPES, describe
 

@@ -5,13 +5,13 @@ checkpoints is joined by what `fit.watch` keeps, the optimizer's moments among i
 is short, `fit.lean_loop` does the same one block at a time. Knows nothing of formats or sources.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import (
     PreTrainedModel,
@@ -25,7 +25,7 @@ from transformers import (
 
 from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome, Samples
-from planish.fit.watch import Setting, Watch, Windows, peak_rates
+from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
 from planish.fit.whole import EndToEnd
 
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -45,7 +45,7 @@ class Ordered(IterableDataset[dict[str, Tensor]]):
 
 def finetune(
     objective: Objective,
-    parameters: Mapping[str, Sequence[nn.Parameter]],
+    parameters: Slots,
     windows: Windows,
     stage: EndToEnd,
     setting: Setting,
@@ -53,7 +53,7 @@ def finetune(
     """Train in place.
 
     Args:
-        parameters: by slot of `stage.rates`.
+        parameters: by slot of `stage.rates`, with units.
 
     Returns:
         Held-out loss before and of the state kept.
@@ -135,7 +135,7 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
     )
 
 
-def _optimizer(parameters: Mapping[str, Sequence[nn.Parameter]], stage: EndToEnd) -> torch.optim.Optimizer:
+def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
     """AdamW, one group a parameter, since each has a rate of its own."""
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in peak_rates(parameters, stage)]
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=0.0)

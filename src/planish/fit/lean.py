@@ -25,6 +25,7 @@ from planish.arch import discover
 from planish.errors import PlanishError
 from planish.fit.loss import NO_LABEL
 from planish.kernels.linear import PackedLinear
+from planish.quant import QLinear
 from planish.stream import Recorder
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class LeanTrainer:
     ) -> None:
         if micro_batch < 1 or (clip is not None and clip <= 0):
             raise PlanishError(f"micro_batch is {micro_batch} and clip {clip}; both must be positive")
-        arch = discover(model, packed=PackedLinear)
+        arch = discover(model, packed=(PackedLinear, QLinear))
         self.decoder = model.get_submodule(arch.decoder)
         blocks = model.get_submodule(arch.blocks)
         assert isinstance(blocks, nn.ModuleList)

@@ -11,17 +11,17 @@ plans.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from planish.fit.adam8 import Adam8
 from planish.fit.lean import LeanTrainer
 from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome, Samples
-from planish.fit.watch import Setting, Watch, Windows, peak_rates
+from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
 from planish.fit.whole import EndToEnd
 
 TRAINED = "model.safetensors"  # as the Trainer calls it
@@ -31,7 +31,7 @@ KEPT = 2  # checkpoints
 
 def finetune_lean(
     objective: Objective,
-    parameters: Mapping[str, Sequence[nn.Parameter]],
+    parameters: Slots,
     windows: Windows,
     stage: EndToEnd,
     setting: Setting,
@@ -39,7 +39,7 @@ def finetune_lean(
     """Train in place, as `fit.finetune.finetune` does, in little memory.
 
     Args:
-        parameters: by slot of `stage.rates`; all in the model's blocks.
+        parameters: by slot of `stage.rates`, with units; all in the model's blocks.
         setting: its `checkpointing` is moot, and it isn't tracked.
 
     Returns:
@@ -111,7 +111,7 @@ def rate_share(step: int, steps: int, warmup: int) -> float:
 
 
 def _optimizer(
-    objective: Objective, parameters: Mapping[str, Sequence[nn.Parameter]], stage: EndToEnd, seed: int
+    objective: Objective, parameters: Slots, stage: EndToEnd, seed: int
 ) -> Adam8:
     """One group a parameter, since each has a rate of its own; the state goes by the objective's names."""
     names = {parameter: name for name, parameter in objective.named_parameters()}

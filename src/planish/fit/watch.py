@@ -1,6 +1,6 @@
 """Watch: what the two ways to train a whole-model stage share: windows, rates, held-out loss, best state, checkpoints.
 
-    rate of a parameter = rate of its slot * (mean |s| of its matrix, where rates are relative)
+    rate of a parameter = rate of its slot * (the parameter's unit, where rates are relative)
 
 A few windows are held out: the state kept is the best on them, step 0 counted, and a loss that isn't finite rolls
 back to it. It lies in host memory. Checkpoints are safetensors and JSON and name the run they belong to. Knows
@@ -27,6 +27,9 @@ from planish.fit.objective import Objective, shifted
 from planish.fit.reconstruct import Outcome
 from planish.fit.whole import EndToEnd
 from planish.log import Clock, Event, Progress, peak_bytes
+
+# by slot of a stage's rates: parameters, each with the unit of its rate
+Slots = Mapping[str, Sequence[tuple[nn.Parameter, float]]]
 
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "planish.json"
 
@@ -230,18 +233,11 @@ class Watch:
         return total / max(1, count)
 
 
-def peak_rates(
-    parameters: Mapping[str, Sequence[nn.Parameter]], stage: EndToEnd
-) -> Iterator[tuple[nn.Parameter, float]]:
-    """Each parameter with its rate at the peak: each matrix's scales move in units of their own mean.
-
-    Args:
-        parameters: by slot of `stage.rates`.
-    """
+def peak_rates(parameters: Slots, stage: EndToEnd) -> Iterator[tuple[nn.Parameter, float]]:
+    """Each parameter with its rate at the peak."""
     for slot, members in parameters.items():
-        for parameter in members:
-            relative = stage.relative and slot == "scale"
-            yield parameter, stage.rates[slot] * (parameter.detach().abs().mean().item() if relative else 1.0)
+        for parameter, unit in members:
+            yield parameter, stage.rates[slot] * (unit if stage.relative else 1.0)
 
 
 def last_whole(folder: Path) -> Path | None:

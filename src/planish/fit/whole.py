@@ -1,8 +1,9 @@
-"""EndToEnd: train the packed model as a whole, its codes frozen: only scales (and zero points) move.
+"""EndToEnd: train the quantized model as a whole: scales move, and zero points, norms or the codes if asked for.
 
     minimise over s (and z)   (1 - distill) * CE(text) + distill * KL(float model || model),   W_hat = s * (Q - z)
 
-E2E-QP, the second half of EfficientQAT (arXiv 2407.11062), and PEQA (arXiv 2305.14152) are of this kind. This
+E2E-QP, the second half of EfficientQAT (arXiv 2407.11062), and PEQA (arXiv 2305.14152) are of this kind. Where the
+codes move too, Q = round(W' / s) + z and W' is trained, starting from W_hat, as LLM-QAT does (arXiv 2305.17888). This
 file says what is trained and how; `fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
 """
 
@@ -23,9 +24,10 @@ class EndToEnd:
 
     Args:
         name: shown in progress.
-        rates: slot ("scale", "zero") -> learning rate at its peak. Slots that aren't named stay.
-        relative: the rate of scales is in units of each matrix's mean |s|, so that one rate suits every layer;
-            else in the weights' own units, as published.
+        rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": W') -> learning rate at its peak.
+            Slots that aren't named stay.
+        relative: rates of scales and weights are in units of each matrix's mean |s|, that of norms of each one's mean
+            size, so that one rate suits every layer; else in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
         temperature: of the distillation.
         steps: optimizer steps; None has as many as `epochs` passes over the samples take, and
@@ -36,6 +38,7 @@ class EndToEnd:
         betas: of AdamW.
         holdout: samples held out to choose the state that is kept, at most a quarter of all.
         checks: how often the held-out loss is measured after step 0.
+        optional: where memory is too short, the run goes without this stage, and says so.
     """
 
     name: str
@@ -51,6 +54,7 @@ class EndToEnd:
     betas: tuple[float, float] = (0.9, 0.95)
     holdout: int = 8
     checks: int = 8
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for slot, rate in self.rates.items():

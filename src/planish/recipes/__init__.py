@@ -14,6 +14,8 @@ from planish.recipes.efficientqat import PRESETS as EFFICIENTQAT_PRESETS
 from planish.recipes.efficientqat import efficientqat
 from planish.recipes.omniquant import PRESETS as OMNIQUANT_PRESETS
 from planish.recipes.omniquant import omniquant
+from planish.recipes.planish import PRESETS as PLANISH_PRESETS
+from planish.recipes.planish import planish
 from planish.recipes.recipe import Recipe, build, describe, split_preset
 from planish.recipes.rotate import PRESETS as ROTATE_PRESETS
 from planish.recipes.rotate import rotate
@@ -25,6 +27,7 @@ from planish.recipes.smoothquant import PRESETS as SMOOTHQUANT_PRESETS
 from planish.recipes.smoothquant import smoothquant
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
+    "planish": planish,
     "rtn": rtn,
     "rotate": rotate,
     "smoothquant": smoothquant,
@@ -35,6 +38,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "efficientqat": efficientqat,
 }
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "planish": PLANISH_PRESETS,
     "rtn": RTN_PRESETS,
     "rotate": ROTATE_PRESETS,
     "smoothquant": SMOOTHQUANT_PRESETS,

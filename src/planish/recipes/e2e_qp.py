@@ -30,6 +30,8 @@ def e2e_qp(
     *,
     rate: float = 2e-3,
     zero_rate: float = 0.0,
+    norm_rate: float = 0.0,
+    weight_rate: float = 0.0,
     relative: bool = True,
     distill: float = 0.0,
     temperature: float = 1.0,
@@ -47,7 +49,10 @@ def e2e_qp(
     Args:
         rate: peak learning rate of s, in units of each matrix's mean |s|.
         zero_rate: peak learning rate of z, in levels; 0 leaves it as it is.
-        relative: False has `rate` in the weights' own units, as published.
+        norm_rate: peak learning rate of the blocks' norms, in units of each one's mean size; 0 leaves them.
+        weight_rate: peak learning rate of weights, in units of each matrix's mean |s|; then codes move too, which takes
+            16 bytes a weight. 0 leaves them.
+        relative: False has rates in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; 0 is cross-entropy alone.
         temperature: of the distillation.
         steps: optimizer steps; by the epochs if not given.
@@ -57,9 +62,10 @@ def e2e_qp(
         clip: largest norm of all gradients together.
         holdout: samples held out to choose the state that is kept.
     """
+    more = {"zero": zero_rate, "norm": norm_rate, "weight": weight_rate}
     stage = EndToEnd(
         name="e2e_qp",
-        rates={"scale": rate} if zero_rate == 0 else {"scale": rate, "zero": zero_rate},
+        rates={"scale": rate} | {slot: value for slot, value in more.items() if value != 0},
         relative=relative,
         distill=distill,
         temperature=temperature,
