@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -86,6 +87,7 @@ class Decoder:
         batch: prompts at a time.
         length: most tokens of a prompt and its answer.
         temperature, compiled: as of `generate`.
+        overlap: whether kernels of compiled blocks start before those ahead of them have ended, where a GPU can.
 
     Attributes:
         tokens: int64 [batch, length], the answer so far in its first columns.
@@ -93,7 +95,14 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batch: int, length: int, *, temperature: float = 0.0, compiled: bool = False
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        length: int,
+        *,
+        temperature: float = 0.0,
+        compiled: bool = False,
+        overlap: bool = True,
     ) -> None:
         self.model, self.temperature = model, temperature
         self.kind = "static" if _static(model, compiled) else "dynamic"
@@ -102,7 +111,7 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self.tokens = torch.zeros(batch, self.length, dtype=torch.int64, device=model.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._compiled = _Compiled(model, self.cache) if compiled else None
+        self._compiled = _Compiled(model, self.cache, overlap) if compiled else None
         self.captured = False
         self._replay: Callable[[], None] | None = None
 
@@ -179,12 +188,12 @@ class _Compiled:
     """A model's blocks, compiled: one function, called with each block and its own layer of the cache, so that what
     is compiled for the first serves for all that are like it."""
 
-    def __init__(self, model: PreTrainedModel, cache: Any) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Any, overlap: bool) -> None:
         blocks = model.get_submodule(discover(model, PackedLinear).blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.model, self.blocks = model, blocks
-        layers = map(_Layer, cache.layers)
-        self.places = [_Place(block, _compiled_call(), layer) for block, layer in zip(blocks, layers, strict=False)]
+        layers, call = map(_Layer, cache.layers), _compiled_call(overlap)
+        self.places = [_Place(block, call, layer) for block, layer in zip(blocks, layers, strict=False)]
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -233,8 +242,21 @@ class _Layer:
 
 
 @functools.cache
-def _compiled_call() -> Callable[..., Any]:
-    return torch.compile(_call, dynamic=False, options={"post_grad_custom_pre_pass": Merge()})
+def _compiled_call(overlap: bool) -> Callable[..., Any]:
+    """Blocks are called through it; with `overlap` what the compiler emits starts before the kernel ahead has ended
+    (programmatic dependent launch, which it has for sm_90 and later only).
+
+    That is safe if every kernel of the chain waits for the one ahead, first before it lets the next one start and
+    before it writes: then all kernels but the one right ahead have ended when a kernel starts, whatever memory they
+    share. Ours do (`wait_for_inputs`); before it they read weights only. The compiler's read before it only
+    what the kernel right ahead, if it is one of theirs, doesn't write, and nothing right after one of ours; after
+    their first read at the latest they wait. One that reads nothing wouldn't; a block has none. Others' kernels wait
+    for all that is ahead of them, and end before what is behind them starts.
+    """
+    options: dict[str, Any] = {"post_grad_custom_pre_pass": Merge()}
+    if hasattr(inductor.triton, "enable_pdl"):
+        options["triton.enable_pdl"] = overlap
+    return torch.compile(_call, dynamic=False, options=options)
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
