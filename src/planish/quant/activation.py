@@ -57,7 +57,7 @@ token_grid.register_autograd(_backward, setup_context=_save)
 def token_ranges(x: Tensor, how: Activations) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., n] as rows [tokens, 1, n], and their s and z, fp32 [tokens, 1, 1]."""
     rows = x.reshape(-1, 1, x.shape[-1])
-    low, high = torch.aminmax(rows, dim=-1, keepdim=True)
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)  # aminmax has no gradient before torch 2.12
     return rows, *token_grid(low.float().clamp(max=0), high.float().clamp(min=0), how.bits, how.symmetric)
 
 

@@ -43,7 +43,7 @@ def planish(
     e2e_epochs: float | None = None,
     e2e_rate: float = 2e-3,
     e2e_zero_rate: float = 0.0,
-    e2e_norm_rate: float = 0.0,
+    e2e_norm_rate: float = 1e-3,
     e2e_weight_rate: float = 0.0,
     e2e_batch_size: int = 8,
 ) -> Recipe:
