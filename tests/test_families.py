@@ -17,6 +17,7 @@ import planish
 from planish.arch import discover
 from planish.edges import find_edges
 from planish.errors import PlanishError
+from planish.experts import unfuse
 from planish.log import Event
 from planish.quant.hadamard import turn
 from planish.source import open_source
@@ -30,6 +31,7 @@ SIZES = {
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64}
 GEMMA = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 EVERY = ["norm", "norm", "query", "value"]
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # family -> settings, and the kinds of edges that its blocks have
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "llama": ({}, EVERY),
@@ -41,6 +43,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "opt": (OPT, EVERY),
     "falcon": ({"alibi": False}, ["norm", "query", "value"]),
     "gpt_neox": ({"rotary_pct": 0.5}, ["norm", "norm", "value"]),
+    "mixtral": ({"num_local_experts": 4}, EVERY),
+    "qwen2_moe": ({**MOE, "shared_expert_intermediate_size": 64}, EVERY),
+    "qwen3_moe": ({**MOE, "head_dim": 16}, EVERY),
 }
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -65,6 +70,11 @@ def tiny(family: str, **settings: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def apart(family: str, **settings: Any) -> Any:
+    """The same with fused experts taken apart, as a source gives it."""
+    return unfuse(tiny(family, **settings))
+
+
 def run(block: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
@@ -80,13 +90,13 @@ def edges_of(model: Any, index: int = 0) -> tuple[nn.Module, list]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edges_are_discovered(family: str) -> None:
     for index in range(2):
-        _, edges = edges_of(tiny(family), index)
+        _, edges = edges_of(apart(family), index)
         assert sorted(edge.kind for edge in edges) == FAMILIES[family][1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_law_4_smoothing_preserves_the_model(family: str) -> None:
-    model = tiny(family).double()
+    model = apart(family).double()
     start = model(IDS, use_cache=False).logits
     extremes = {
         name: (-torch.rand(part.in_features), 3 * torch.rand(part.in_features))
@@ -157,7 +167,7 @@ def test_laws_1_2_and_5_hold_for_the_family(tmp_path: Path, family: str, scheme:
     assert torch.equal(*generated)
 
 
-TURN = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+TURN = {"llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,6 +26,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from planish.experts import Experts, everywhere, gates
+
 NORM, VALUE, QUERY = "norm", "value", "query"
 TOLERANCE = 1e-3  # of the largest output, in fp32: a wrong edge is off by a share of it
 _APART = 2**24  # dyes of two modules
@@ -76,7 +78,7 @@ class Edge:
     Args:
         kind: NORM, VALUE or QUERY.
         width: channels of a head, of a VALUE edge.
-        takes: linears whose columns are moved. shifts: whether both sides have a bias to hold a shift.
+        takes: linears (and routers) whose columns are moved. shifts: whether both sides have a bias to hold a shift.
     """
 
     kind: str
@@ -120,15 +122,21 @@ class _Dyes(TorchFunctionMode):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block, self.handles = block, list[Any]()
-        self.modules = {name: m for name, m in block.named_modules() if is_norm(m) or isinstance(m, nn.Linear)}
-        self.names = list(self.modules)
+        dyed = {name: m for name, m in block.named_modules() if is_norm(m) or isinstance(m, nn.Linear)}
+        self.names = list(dyed)
+        # a router takes, but what it gives are no channels
+        self.modules = dyed | {name: block.get_submodule(name) for name in gates(block)}
         self.arrived: dict[str, Tensor] = {}
         self.attended: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __enter__(self) -> "_Dyes":
-        for number, (name, module) in enumerate(self.modules.items()):
+        for name, module in self.modules.items():
             self.handles.append(module.register_forward_pre_hook(self._note(name)))
-            self.handles.append(module.register_forward_hook(self._dye(number + 1)))
+        for number, name in enumerate(self.names):
+            self.handles.append(self.modules[name].register_forward_hook(self._dye(number + 1)))
+        for module in self.block.modules():
+            if isinstance(module, Experts):
+                self.handles.append(module.register_forward_pre_hook(everywhere, with_kwargs=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -185,7 +193,7 @@ def _proposals(dyes: _Dyes, block: nn.Module) -> Iterator[Sequence[Edge]]:
     """What may be edges; of several that exclude each other the freest first."""
     sources: dict[str, list[str]] = {}
     for name, values in dyes.arrived.items():
-        found = dyes.read(values) if isinstance(dyes.modules[name], nn.Linear) else None
+        found = None if is_norm(dyes.modules[name]) else dyes.read(values)
         if found and is_norm(dyes.modules[found[0]]) and torch.equal(found[1].cpu(), torch.arange(len(values))):
             sources.setdefault(found[0], []).append(name)
     for norm, takes in sources.items():

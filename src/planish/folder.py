@@ -25,6 +25,7 @@ from planish.attention import install
 from planish.bitstream import Stream
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
+from planish.experts import gates
 from planish.formats import detect
 from planish.formats.format import Format
 from planish.guard import read_json, reading
@@ -273,7 +274,7 @@ def write_model(
                 model.config if source is None else source.config,
                 model,
                 model.dtype,
-                words_of(format, schemes, ordered),
+                words_of(format, schemes | kept_of(model), ordered),
             ),
             {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
             verify=verify,
@@ -286,13 +287,20 @@ def words_of(format: Format, schemes: Mapping[str, Scheme | None], ordered: bool
     return words | ({"desc_act": True} if ordered and "desc_act" in words else {})
 
 
+def kept_of(model: PreTrainedModel) -> dict[str, None]:
+    """Routers and gates of experts as they are called on disk: a configuration says that they are in 16 bits, since
+    to who loads it a router is a linear like others."""
+    spell = disk_speller(model)
+    return {spell(name): None for name in gates(model)}
+
+
 def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the blocks, packed or not."""
-    blocks = discover(model, PackedLinear).blocks
+    """(out, in) of every linear of the blocks, packed or not, but for gates of experts."""
+    blocks, kept = discover(model, PackedLinear).blocks, set(gates(model))
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, PackedLinear | nn.Linear)
+        if name.startswith(f"{blocks}.") and isinstance(module, PackedLinear | nn.Linear) and name not in kept
     }
 
 
