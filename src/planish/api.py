@@ -26,11 +26,11 @@ from planish.folder import (
     assemble,
     block_shapes,
     config_of,
-    kept_of,
     schemes_of,
     side_files,
     tokenizer_of,
     verify_folder,
+    words_of,
     write_model,
 )
 from planish.formats import FORMATS, choose
@@ -220,8 +220,8 @@ def _write(
             elif owner not in digests and name not in trained:
                 write(name, source.get(name))
         manifest = manifest_of(resolved, run, figures)
-        every = {name: resolved.schemes.get(name) for name in resolved.shapes} | resolved.tables | kept_of(skeleton)
-        config = config_of(source.config, skeleton, source.dtype, resolved.format.config(every))
+        every = {name: resolved.schemes.get(name) for name in resolved.shapes} | resolved.tables
+        config = config_of(source.config, skeleton, source.dtype, words_of(resolved.format, every, skeleton))
         files = side_files(source.folder, skeleton, run.tokenizer)
         writer.finish(config, files | papers(manifest), verify=verify)
     return manifest

@@ -162,11 +162,12 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
     shapes = linears(arch, model) | {
         name: shape for name, shape in around.items() if name == arch.head or format.name == "native"
     }
-    if schemes := format.schemes(words, shapes):
-        return schemes
     spell = disk_speller(model)
-    on_disk = format.schemes(words, {spell(name): shape for name, shape in shapes.items()})
-    return {name: on_disk[spell(name)] for name in shapes if spell(name) in on_disk}
+    ways = [{name: name for name in shapes}, {name: spell(name) for name in shapes}]
+    for way in ways[::-1] if gates(model) else ways:
+        if schemes := format.schemes(words, {way[name]: shape for name, shape in shapes.items()}):
+            return {name: schemes[way[name]] for name in shapes if way[name] in schemes}
+    return {}
 
 
 def assemble(
@@ -274,24 +275,27 @@ def write_model(
                 model.config if source is None else source.config,
                 model,
                 model.dtype,
-                words_of(format, schemes | kept_of(model), ordered),
+                words_of(format, schemes, model, ordered),
             ),
             {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
             verify=verify,
         )
 
 
-def words_of(format: Format, schemes: Mapping[str, Scheme | None], ordered: bool) -> dict[str, Any]:
-    """`quantization_config`; where columns have an order of their own, GPTQ says so or servers don't look for it."""
+def words_of(
+    format: Format, schemes: Mapping[str, Scheme | None], model: PreTrainedModel, ordered: bool = False
+) -> dict[str, Any]:
+    """`quantization_config`; where columns have an order of their own, GPTQ says so or servers don't look for it.
+
+    With experts names are those on disk, as servers know them, and routers and gates are named too: to others they are
+    linears like any. Our own format names what may be quantized only.
+    """
+    if kept := gates(model):
+        spell = disk_speller(model)
+        schemes = {spell(name): scheme for name, scheme in schemes.items()}
+        schemes |= {} if format.name == "native" else dict.fromkeys(map(spell, kept))
     words = format.config(schemes)
     return words | ({"desc_act": True} if ordered and "desc_act" in words else {})
-
-
-def kept_of(model: PreTrainedModel) -> dict[str, None]:
-    """Routers and gates of experts as they are called on disk: a configuration says that they are in 16 bits, since
-    to who loads it a router is a linear like others."""
-    spell = disk_speller(model)
-    return {spell(name): None for name in gates(model)}
 
 
 def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

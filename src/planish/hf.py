@@ -29,7 +29,7 @@ from planish.attention import install
 from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.experts import is_merge, unfuse
-from planish.folder import block_shapes, kept_of, layer_schemes, plain_tensors, schemes_of
+from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of, words_of
 from planish.formats import FORMATS, choose, detect
 from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear, packed_layers
@@ -88,7 +88,7 @@ def attach(model: PreTrainedModel, quantization_config: Mapping[str, Any] | None
         schemes, shapes = schemes_of(model), block_shapes(model)
         # an embedding is quantized in our own format only
         chosen = choose(schemes, shapes) if schemes.keys() == shapes.keys() else FORMATS["native"]
-        quantization_config = chosen.config(schemes | kept_of(model))
+        quantization_config = words_of(chosen, schemes, model)
     quantizer = PlanishQuantizer(PlanishConfig(quantization_config))
     quantizer.remember(model)
     model.config.quantization_config = quantizer.quantization_config
