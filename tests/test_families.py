@@ -63,7 +63,8 @@ def tiny(family: str, **settings: Any) -> Any:
     """A tiny random model, norms and biases too."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, ({}, []))[0], **settings})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager")
+    how = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -160,9 +161,9 @@ def test_laws_1_2_and_5_hold_for_the_family(tmp_path: Path, family: str, scheme:
         loaded: Any = planish.load(tmp_path / folder, device="cpu")
         assert torch.equal(loaded(IDS, use_cache=False).logits, wanted)
     # what the fit measured is what the model computes: hidden states of the last block would be nearer, logits do
-    start = planish.quantize(model, "rtn", scheme, device="cpu")(IDS, use_cache=False).logits
-    truth = model(IDS, use_cache=False).logits
-    assert (wanted - truth).square().mean() < (start - truth).square().mean()
+    start = planish.quantize(model, "rtn", scheme, device="cpu")
+    given, was, truth = (m(ids, use_cache=False).logits for m in (made, start, model))
+    assert (given - truth).square().mean() < (was - truth).square().mean()
     generated = [m.generate(IDS[:1], max_new_tokens=4, do_sample=False) for m in (made, loaded)]
     assert torch.equal(*generated)
 

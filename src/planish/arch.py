@@ -140,8 +140,8 @@ def _refuse_fused_experts(blocks: nn.Module, prefix: str, packed: Classes) -> No
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 raise PlanishError(
-                    f"{name}.{leaf} {list(parameter.shape)} are fused experts that can't be taken apart (transposed, with "
-                    "biases, or under no names that transformers knows); give another model"
+                    f"{name}.{leaf} {list(parameter.shape)} are fused experts that can't be taken apart "
+                    "(transposed, with biases, or under no names that transformers knows); give another model"
                 )
 
 

@@ -136,7 +136,7 @@ class _Dyes(TorchFunctionMode):
             self.handles.append(self.modules[name].register_forward_hook(self._dye(number + 1)))
         for module in self.block.modules():
             if isinstance(module, Experts):
-                self.handles.append(module.register_forward_pre_hook(everywhere, with_kwargs=True))
+                self.handles.append(module.register_forward_pre_hook(everywhere))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

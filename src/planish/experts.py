@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -124,12 +123,12 @@ def has_experts(module: nn.Module, deep: bool = True) -> bool:
     return any(isinstance(part, Experts) for part in (module.modules() if deep else module.children()))
 
 
-def everywhere(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def everywhere(module: Experts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A hook before `forward` that sends every token through every expert."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = args[0]
     count = len(list(module.children()))
     index = torch.arange(count, device=hidden.device).expand(len(hidden), count)
-    return (hidden, index, torch.ones_like(index, dtype=hidden.dtype)), {}
+    return hidden, index, torch.ones_like(index, dtype=hidden.dtype)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -144,11 +143,10 @@ def _is_fused(module: nn.Module) -> bool:
 def _names_on_disk(converters: list[WeightConverter], fused: str) -> tuple[str, ...]:
     """What of each expert goes into a fused tensor, such as ("gate_proj", "up_proj"); () if that isn't known."""
     for step in converters:
-        targets = step._original_target_patterns
-        sources = step._original_source_patterns
-        if is_merge(step) and len(targets) == 1 and fused.endswith(targets[0]):
-            if all(EACH in f".{source}" and source.endswith(".weight") for source in sources):
-                return tuple(source.rpartition("*.")[2].removesuffix(".weight") for source in sources)
+        targets, sources = step._original_target_patterns, step._original_source_patterns
+        each = all(EACH in f".{source}" and source.endswith(".weight") for source in sources)
+        if is_merge(step) and each and len(targets) == 1 and fused.endswith(targets[0]):
+            return tuple(source.rpartition("*.")[2].removesuffix(".weight") for source in sources)
     return ()
 
 
