@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.attention import rounded_heads
-from planish.edges import Edge, find_edges
+from planish.edges import Edge, Proposals, find_edges
 from planish.errors import PlanishError
 from planish.experts import has_experts
 from planish.fit.norms import free, norms_of, settle
@@ -87,6 +87,7 @@ class Job:
         finished: told after each span how many blocks are finished, and how its fit went.
         errors: by linear how far W_hat is from the float weight W: |W_hat - W| / |W|, filled as they are finished.
         routed: by the name of a block's experts how many tokens of the float stream reach each; filled likewise.
+        proposals: of a block by its index, where its edges can't be found since it has no numbers.
     """
 
     stage: Stage
@@ -103,6 +104,7 @@ class Job:
     finished: Callable[[int, Outcome | None], None] | None = None
     errors: dict[str, float] = field(default_factory=dict)
     routed: dict[str, list[int]] = field(default_factory=dict)
+    proposals: Callable[[int, nn.Module], Proposals | None] = lambda index, block: None
 
     def unreached(self, index: int) -> list[str]:
         """Full names of the experts of a block that no token reaches."""
@@ -229,11 +231,13 @@ def _quantize(job: Job, name: str, layer: QLinear) -> None:
 def _edges(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]) -> dict[int, list[Edge]]:
     """By index the edges of the blocks that are to be smoothed."""
     smooth, stream = job.stage.smooth, job.stream
-    if smooth is None or stream is None or job.device.type == "meta":  # without numbers nothing can be found
+    if smooth is None or stream is None:
         return {}
     wanted = {name for name in linears if smooth.always or job.schemes[name].activations}
     return {
-        index: find_edges(block, stream.fp[:1].to(job.device), stream.arguments[index], run_block)
+        index: find_edges(
+            block, stream.fp[:1].to(job.device), stream.arguments[index], run_block, job.proposals(index, block)
+        )
         for index, block in span.items()
         if any(name.startswith(f"{job.blocks.names[index]}.") for name in wanted)
     }
