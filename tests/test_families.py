@@ -4,6 +4,7 @@ Law 4: a transform preserves the model. Laws 1, 2 and 5: what OmniQuant fits is 
 no fit is worse than where it started.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import planish
 from planish.arch import discover
-from planish.edges import find_edges
+from planish.edges import find_edges, proposals
 from planish.errors import PlanishError
 from planish.experts import unfuse
 from planish.log import Event
@@ -93,6 +94,18 @@ def test_edges_are_discovered(family: str) -> None:
     for index in range(2):
         _, edges = edges_of(apart(family), index)
         assert sorted(edge.kind for edge in edges) == FAMILIES[family][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges_are_proposed_without_weights(family: str) -> None:
+    model = apart(family)
+    arch = discover(model)
+    blocks = model.get_submodule(arch.blocks)
+    hidden, arguments = record(model.get_submodule(arch.decoder), blocks, IDS[:1, :2], every_block=True)
+    found = proposals(copy.deepcopy(blocks[0]).to("meta"), hidden.to("meta"), arguments[0], run)
+    # half-rotated queries are proposed, and held against the block they would fall
+    fallen = ["query"] if family == "gpt_neox" else []
+    assert sorted(choices[0].kind for choices in found) == sorted(FAMILIES[family][1] + fallen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
