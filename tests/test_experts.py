@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # what an expert's matrices are called on disk
 DISK = {family: "mlp.experts.{}.gate_proj" for family in FAMILIES} | {"mixtral": "block_sparse_moe.experts.{}.w1"}
 IDS = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+CUDA = torch.cuda.is_available()
 ASKED: dict[str, Any] = {"data": IDS, "samples": 8, "seqlen": 16, "device": "cpu"}
 
 
@@ -229,3 +230,29 @@ def test_experts_laid_out_otherwise_are_refused_by_name() -> None:
     name = r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 64, 192\]"
     with pytest.raises(PlanishError, match=f"{name} are fused experts that can't be taken apart"):
         discover(model)
+
+
+def test_gate_and_up_of_an_expert_are_siblings(tmp_path: Path, held_as_records: None) -> None:
+    planish.quantize_to(tiny("mixtral", intermediate_size=128), tmp_path / "out", "rtn", "w4g32asym", device="cpu")
+    made = packed_layers(planish.load(tmp_path / "out", device="cpu", dtype=torch.bfloat16))
+    one, other = (f"model.layers.1.mlp.experts.{number}." for number in (2, 3))
+    assert made[f"{one}w1"].siblings is made[f"{one}w3"].siblings is not None
+    assert made[f"{one}w1"].siblings is not made[f"{other}w1"].siblings and made[f"{one}w2"].siblings is None
+
+
+@pytest.mark.parametrize("recipe", ["signround", "omniquant"])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")])],
+)
+def test_a_fit_with_learned_transforms_is_what_is_loaded(tmp_path: Path, recipe: str, device: str) -> None:
+    model = tiny("qwen3_moe")
+    keys: dict[str, Any] = {"let": True, "alpha": 0.5} if recipe == "omniquant" else {}
+    asked = {**ASKED, "device": device, "steps": 8, "holdout": 2, "span": 2, **keys}
+    made = planish.quantize(model, recipe, "w4g32asym", **asked)
+    planish.save(made, tmp_path / "out")
+    loaded = planish.load(tmp_path / "out", device=device)
+    ids = IDS.to(device)
+    assert torch.equal(logits(loaded, ids), logits(made, ids))
+    answer = generate(loaded, ids[:1], new_tokens=8)
+    assert answer.shape[1] > 16
