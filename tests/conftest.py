@@ -19,6 +19,15 @@ def smollm2() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """The folder of Gemma 3 270M, which has terms of its own: $PLANISH_GEMMA3; else the test skips."""
+    folder = Path(os.environ.get("PLANISH_GEMMA3", ""))
+    if not (folder / "config.json").is_file():
+        pytest.skip("needs Gemma 3 270M; set PLANISH_GEMMA3 to its folder")
+    return folder
+
+
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
     """tiny_llama(name="tiny", **config) -> folder of a random Llama and a byte-level tokenizer."""

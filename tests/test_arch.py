@@ -106,13 +106,6 @@ def test_packed_layers_stand_for_linears() -> None:
         discover(model)
 
 
-def test_fused_experts_are_refused_by_name() -> None:
-    model = _on_meta(transformers.MixtralConfig(**TINY, num_local_experts=4))
-    name = r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 96, 32\]"
-    with pytest.raises(PlanishError, match=f"fused 3-D experts aren't supported yet: {name}"):
-        discover(model)
-
-
 def test_a_convolution_is_no_expert() -> None:
     settings = TINY | {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
     config = transformers.Lfm2Config(**settings)

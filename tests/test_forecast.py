@@ -195,6 +195,20 @@ def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatc
     assert none.lines()[-1] == "no flag that Planish knows makes it fit"
 
 
+def test_transforms_and_rounded_activations_are_counted(tiny_llama: Tiny) -> None:
+    model, asked = tiny_llama(), {**SMALL, "span": 1, "steps": 4}
+    plain, moved, rounded = (
+        held(resolve(model, "omniquant", scheme, let=let, **asked)).span
+        for scheme, let in (("w4pc", False), ("w4pc", True), ("w4a4", False))
+    )
+    resolved = resolve(model, "omniquant", "w4pc", **asked)
+    weights = sum(rows * columns for rows, columns in resolved.shapes.values()) / resolved.arch.num_blocks
+    # a step backwards keeps each weight in fp32 to move it; edges are looked for in a copy of the block in fp64
+    assert moved - plain > 4 * weights
+    # and the widest linear's inputs in fp32, to round them: a step takes 4 samples of 64 tokens
+    assert rounded - plain > 4 * (4 * 64) * 128
+
+
 @pytest.mark.heavy
 def test_suggestions_are_flags_that_fit(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

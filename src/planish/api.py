@@ -30,6 +30,7 @@ from planish.folder import (
     side_files,
     tokenizer_of,
     verify_folder,
+    words_of,
     write_model,
 )
 from planish.formats import FORMATS, choose
@@ -220,7 +221,7 @@ def _write(
                 write(name, source.get(name))
         manifest = manifest_of(resolved, run, figures)
         every = {name: resolved.schemes.get(name) for name in resolved.shapes} | resolved.tables
-        config = config_of(source.config, skeleton, source.dtype, resolved.format.config(every))
+        config = config_of(source.config, skeleton, source.dtype, words_of(resolved.format, every, skeleton))
         files = side_files(source.folder, skeleton, run.tokenizer)
         writer.finish(config, files | papers(manifest), verify=verify)
     return manifest

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from planish.errors import PlanishError
+from planish.experts import gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def discover(model: "PreTrainedModel", packed: Classes = ()) -> Arch:
             and `out_features`.
 
     Raises:
-        PlanishError: if it has no recognisable blocks, or blocks with fused 3-D experts.
+        PlanishError: if it has no recognisable blocks, or experts that can't be taken apart.
     """
     kind = type(model).__name__
     lists = {name: module for name, module in model.named_modules() if _is_stack(module, packed)}
@@ -89,7 +90,8 @@ def discover(model: "PreTrainedModel", packed: Classes = ()) -> Arch:
 
 
 def linears(arch: Arch, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Full name -> (out_features, in_features) of every nn.Linear of the blocks, in the model's order."""
+    """Full name -> (out_features, in_features) of every nn.Linear of the blocks, in the model's order, but for the
+    gates of experts, which stay as they are."""
     return {name: (layer.out_features, layer.in_features) for name, layer in _linears(model, arch.blocks)}
 
 
@@ -99,8 +101,10 @@ def block_linears(arch: Arch, model: nn.Module, index: int) -> dict[str, nn.Line
 
 
 def _linears(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear):
+    part = model.get_submodule(prefix)
+    kept = {f"{prefix}.{name}" for name in gates(part)}
+    for name, module in part.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear) and name not in kept:
             yield name, module
 
 
@@ -136,8 +140,8 @@ def _refuse_fused_experts(blocks: nn.Module, prefix: str, packed: Classes) -> No
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 raise PlanishError(
-                    f"fused 3-D experts aren't supported yet: {name}.{leaf} {list(parameter.shape)}; "
-                    "give a model without them"
+                    f"{name}.{leaf} {list(parameter.shape)} are fused experts that can't be taken apart "
+                    "(transposed, with biases, or under no names that transformers knows); give another model"
                 )
 
 

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from planish.arch import discover
 from planish.errors import first_line
+from planish.experts import has_experts
 from planish.kernels.linear import PackedLinear
 from planish.kernels.siblings import Merge, merging
 
@@ -72,7 +73,10 @@ def generate(
 
 
 def decodes(model: PreTrainedModel, compiled: bool = False) -> bool:
-    """Whether a Decoder can: the model is one of tokens with a plain cache of keys and values."""
+    """Whether a Decoder can: the model is one of tokens with a plain cache of keys and values, and each step is like
+    the last, which with experts it isn't."""
+    if has_experts(model):
+        return False
     if "past_key_values" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
         return False
     kind, plain = (StaticLayer, "static") if _static(model, compiled) else (DynamicLayer, "dynamic")

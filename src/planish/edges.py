@@ -26,6 +26,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from planish.experts import Experts, everywhere, gates
+
 NORM, VALUE, QUERY = "norm", "value", "query"
 TOLERANCE = 1e-3  # of the largest output, in fp32: a wrong edge is off by a share of it
 _APART = 2**24  # dyes of two modules
@@ -76,7 +78,7 @@ class Edge:
     Args:
         kind: NORM, VALUE or QUERY.
         width: channels of a head, of a VALUE edge.
-        takes: linears whose columns are moved. shifts: whether both sides have a bias to hold a shift.
+        takes: linears (and routers) whose columns are moved. shifts: whether both sides have a bias to hold a shift.
     """
 
     kind: str
@@ -87,7 +89,13 @@ class Edge:
     shifts: bool = False
 
 
-def find_edges(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any], run: Run) -> list[Edge]:
+# of several edges that exclude each other the freest first
+Proposals = Sequence[Sequence[Edge]]
+
+
+def find_edges(
+    block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any], run: Run, among: Proposals | None = None
+) -> list[Edge]:
     """The edges of a block, those of norms first.
 
     Args:
@@ -95,6 +103,7 @@ def find_edges(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any], r
         hidden: what enters it, [1, tokens, hidden], two tokens at least.
         arguments: its others.
         run: (block, hidden, **arguments) -> what it gives.
+        among: where on meta dyes can't be read, `proposals`; then the freest of them are taken.
     """
     probe, kind = copy.deepcopy(block).double(), torch.float64  # which tells dyes apart
 
@@ -109,9 +118,27 @@ def find_edges(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any], r
         probe, kind = probe.float(), torch.float32  # attention's memory is then that of its inputs
         wanted = forward(hidden)
         found: list[Edge] = []
-        for choices in _proposals(dyes, probe):
+        for choices in _proposals(dyes) if among is None else among:
             found += next(([edge] for edge in choices if _holds(edge, probe, forward, hidden, wanted)), [])
     return found
+
+
+def proposals(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any], run: Run) -> Proposals:
+    """What `find_edges` tries, of a block whose weights may be on meta.
+
+    Args:
+        hidden, arguments: on meta or not; as of `find_edges`, and two tokens are enough.
+    """
+
+    def real(value: Tensor) -> Tensor:
+        return torch.ones_like(value, device="cpu") if value.is_meta else value
+
+    norms = [parameter for part in block.modules() if is_norm(part) for parameter in part.parameters()]
+    memo: dict[int, Any] = {id(norm): nn.Parameter(real(norm.data), requires_grad=False) for norm in norms}
+    probe = copy.deepcopy(block, memo | {id(buffer): real(buffer) for buffer in block.buffers()}).double()
+    with torch.no_grad(), _Dyes(probe) as dyes:
+        run(probe, real(hidden).double(), **tree_map_only(Tensor, real, dict(arguments)))
+    return list(_proposals(dyes))
 
 
 class _Dyes(TorchFunctionMode):
@@ -120,15 +147,21 @@ class _Dyes(TorchFunctionMode):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block, self.handles = block, list[Any]()
-        self.modules = {name: m for name, m in block.named_modules() if is_norm(m) or isinstance(m, nn.Linear)}
-        self.names = list(self.modules)
+        dyed = {name: m for name, m in block.named_modules() if is_norm(m) or isinstance(m, nn.Linear)}
+        self.names = list(dyed)
+        # a router takes, but what it gives are no channels
+        self.modules = dyed | {name: block.get_submodule(name) for name in gates(block)}
         self.arrived: dict[str, Tensor] = {}
         self.attended: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __enter__(self) -> "_Dyes":
-        for number, (name, module) in enumerate(self.modules.items()):
+        for name, module in self.modules.items():
             self.handles.append(module.register_forward_pre_hook(self._note(name)))
-            self.handles.append(module.register_forward_hook(self._dye(number + 1)))
+        for number, name in enumerate(self.names):
+            self.handles.append(self.modules[name].register_forward_hook(self._dye(number + 1)))
+        for module in self.block.modules():
+            if isinstance(module, Experts):
+                self.handles.append(module.register_forward_pre_hook(everywhere))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -151,6 +184,8 @@ class _Dyes(TorchFunctionMode):
         return hook
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and args[1].is_meta:  # what it gives is dyed anyhow
+            return args[0].new_zeros(*args[0].shape[:-1], len(args[1]))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
@@ -181,11 +216,11 @@ def is_norm(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 1
 
 
-def _proposals(dyes: _Dyes, block: nn.Module) -> Iterator[Sequence[Edge]]:
+def _proposals(dyes: _Dyes) -> Iterator[Sequence[Edge]]:
     """What may be edges; of several that exclude each other the freest first."""
     sources: dict[str, list[str]] = {}
     for name, values in dyes.arrived.items():
-        found = dyes.read(values) if isinstance(dyes.modules[name], nn.Linear) else None
+        found = None if is_norm(dyes.modules[name]) else dyes.read(values)
         if found and is_norm(dyes.modules[found[0]]) and torch.equal(found[1].cpu(), torch.arange(len(values))):
             sources.setdefault(found[0], []).append(name)
     for norm, takes in sources.items():

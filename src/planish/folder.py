@@ -25,6 +25,7 @@ from planish.attention import install
 from planish.bitstream import Stream
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
+from planish.experts import gates
 from planish.formats import detect
 from planish.formats.format import Format
 from planish.guard import read_json, reading
@@ -161,11 +162,12 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
     shapes = linears(arch, model) | {
         name: shape for name, shape in around.items() if name == arch.head or format.name == "native"
     }
-    if schemes := format.schemes(words, shapes):
-        return schemes
     spell = disk_speller(model)
-    on_disk = format.schemes(words, {spell(name): shape for name, shape in shapes.items()})
-    return {name: on_disk[spell(name)] for name in shapes if spell(name) in on_disk}
+    ways = [{name: name for name in shapes}, {name: spell(name) for name in shapes}]
+    for way in ways[::-1] if gates(model) else ways:
+        if schemes := format.schemes(words, {way[name]: shape for name, shape in shapes.items()}):
+            return {name: schemes[way[name]] for name in shapes if way[name] in schemes}
+    return {}
 
 
 def assemble(
@@ -273,26 +275,36 @@ def write_model(
                 model.config if source is None else source.config,
                 model,
                 model.dtype,
-                words_of(format, schemes, ordered),
+                words_of(format, schemes, model, ordered),
             ),
             {**side_files(None if source is None else source.folder, model, tokenizer), **(extra or {})},
             verify=verify,
         )
 
 
-def words_of(format: Format, schemes: Mapping[str, Scheme | None], ordered: bool) -> dict[str, Any]:
-    """`quantization_config`; where columns have an order of their own, GPTQ says so or servers don't look for it."""
+def words_of(
+    format: Format, schemes: Mapping[str, Scheme | None], model: PreTrainedModel, ordered: bool = False
+) -> dict[str, Any]:
+    """`quantization_config`; where columns have an order of their own, GPTQ says so or servers don't look for it.
+
+    With experts names are those on disk, as servers know them, and routers and gates are named too: to others they are
+    linears like any. Our own format names what may be quantized only.
+    """
+    if kept := gates(model):
+        spell = disk_speller(model)
+        schemes = {spell(name): scheme for name, scheme in schemes.items()}
+        schemes |= {} if format.name == "native" else dict.fromkeys(map(spell, kept))
     words = format.config(schemes)
     return words | ({"desc_act": True} if ordered and "desc_act" in words else {})
 
 
 def block_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the blocks, packed or not."""
-    blocks = discover(model, PackedLinear).blocks
+    """(out, in) of every linear of the blocks, packed or not, but for gates of experts."""
+    blocks, kept = discover(model, PackedLinear).blocks, set(gates(model))
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, PackedLinear | nn.Linear)
+        if name.startswith(f"{blocks}.") and isinstance(module, PackedLinear | nn.Linear) and name not in kept
     }
 
 

@@ -28,7 +28,8 @@ from planish.arch import Arch, discover
 from planish.attention import install
 from planish.bitstream import Stream
 from planish.errors import PlanishError
-from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of
+from planish.experts import is_merge, unfuse
+from planish.folder import block_shapes, layer_schemes, plain_tensors, schemes_of, words_of
 from planish.formats import FORMATS, choose, detect
 from planish.formats.format import Format
 from planish.kernels.linear import PackedLinear, packed_layers
@@ -87,7 +88,7 @@ def attach(model: PreTrainedModel, quantization_config: Mapping[str, Any] | None
         schemes, shapes = schemes_of(model), block_shapes(model)
         # an embedding is quantized in our own format only
         chosen = choose(schemes, shapes) if schemes.keys() == shapes.keys() else FORMATS["native"]
-        quantization_config = chosen.config(schemes)
+        quantization_config = words_of(chosen, schemes, model)
     quantizer = PlanishQuantizer(PlanishConfig(quantization_config))
     quantizer.remember(model)
     model.config.quantization_config = quantizer.quantization_config
@@ -176,7 +177,8 @@ class PlanishQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Put what holds the checkpoint's tensors in place of each quantized linear, all on meta."""
+        """Put what holds the checkpoint's tensors in place of each quantized linear, all on meta; experts apart."""
+        unfuse(model)
         headers = {
             key: torch.empty(place.shape, dtype=str_to_torch_dtype[place.dtype], device="meta")
             for file in checkpoint_files or []
@@ -217,6 +219,11 @@ class PlanishQuantizer(HfQuantizer):
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(settle(model))
         install(model, self.saved)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Without what would put experts together again."""
+        kept = [step for step in weight_conversions if not is_merge(step)]
+        return super().update_weight_conversions(kept, model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """All tensors of the checkpoint by their names in the model; tied ones once.

@@ -144,8 +144,8 @@ class Run:
         """Quantize everything; codes go to the sink span by span, other tensors that were trained to `keep`.
 
         Returns:
-            Figures of the run: seconds, peak bytes, held-out loss before and after each span, and by linear the
-            relative error of its weight.
+            Figures of the run: seconds, peak bytes, held-out loss before and after each span, by linear the
+            relative error of its weight, and how many tokens reached each expert.
         """
         clock = Clock()
         if self.device.type == "cuda":
@@ -168,6 +168,7 @@ class Run:
             clock=clock,
             first=first,
             errors=facts.errors,
+            routed=facts.routed,
         )
         if stage.fit is not None and self.device.type == "cuda" and not first:
             job = trial(job)
@@ -190,7 +191,7 @@ class Run:
             "losses": facts.losses,
             "errors": {name: float(f"{error:.4g}") for name, error in facts.errors.items()},
             "notes": facts.notes,
-        }
+        } | ({"routed": facts.routed} if facts.routed else {})
 
     def _say_notes(self, first: int) -> None:
         going_on = [f"going on behind block {first} of {self.arch.num_blocks}"] if first else []
@@ -246,6 +247,7 @@ class _Facts:
     generation: int = 0
     losses: list[list[float]] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -24,17 +24,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planish.arch import Arch
+from planish.edges import Proposals, proposals
 from planish.errors import PlanishError, first_line
-from planish.fit.spans import Job, Stage, run_stage
+from planish.fit.spans import Job, Stage, run_block, run_stage
 from planish.scheme import Scheme
+from planish.skeleton import put
 from planish.source import Source
-from planish.stream import BlockStream
+from planish.stream import BlockStream, record
 
 META = torch.device("meta")
 # fp32 tensors of a weight's size that the eager definitions in `qtensor` hold at their fullest, besides what goes
 # in and comes out; a GPU has one kernel instead
 EAGER = {"planish::fake_quantize": 2, "planish::fake_quantize_backward": 5}
 PIECE = 1 << 25  # bytes from which glibc takes memory from the system, and gives it back at once
+FEW = 2  # tokens that edges are found by
 STEPS = 2  # in the second one the optimizer's moments lie beside the activations
 
 
@@ -201,6 +204,7 @@ def held_by(
     if fit:
         fit = dataclasses.replace(fit, batch_size=batch, steps=STEPS, checks=1, compile=False)
     stage = dataclasses.replace(stage, fit=fit, range=_Once(stage.range, ledger, not on_cpu, searched))
+    few = _few(source, arch) if stage.smooth else []
     shown = min(samples, max(batch, micro_batch) + -(-batch // 3))  # a batch beside those that are held out
     ids = torch.zeros(shown, seqlen, dtype=torch.int64, device=META)
     with FusedAttention(), ledger, _telling(source.label):
@@ -209,7 +213,7 @@ def held_by(
         embedding = ledger.peak - ids.nbytes - streams
         ledger.restart()
         blocks = _Blocks(model, [arch.block(index) for index in range(span.stop)], dtype)
-        run_stage(_job(stage, blocks, schemes, stream, span.start, micro_batch))
+        run_stage(_job(stage, blocks, schemes, stream, span.start, micro_batch, few))
     sample = stream.fp[0].nbytes if stream else 0
     lying = streams if stream and stream.fp.nbytes < PIECE else 0
     target = stream.fp.nbytes if stream and fit and fit.target != "float" else 0  # a third stream
@@ -222,9 +226,20 @@ def held_by(
 
 
 def _job(
-    stage: Stage, blocks: _Blocks, schemes: dict[str, Scheme], stream: BlockStream | None, first: int, micro_batch: int
+    stage: Stage,
+    blocks: _Blocks,
+    schemes: dict[str, Scheme],
+    stream: BlockStream | None,
+    first: int,
+    micro_batch: int,
+    few: list[dict[str, Any]],
 ) -> Job:
-    """A job whose results nobody takes."""
+    """A job whose results nobody takes; edges are found by two tokens, with the arguments in `few`."""
+
+    def edges_of(index: int, block: nn.Module) -> Proposals:
+        assert stream is not None
+        return proposals(block, stream.fp[:1, :FEW], few[index], run_block)
+
     return Job(
         stage=stage,
         blocks=blocks,
@@ -236,7 +251,22 @@ def _job(
         device=META,
         micro_batch=micro_batch,
         seed=0,
+        proposals=edges_of,
     )
+
+
+def _few(source: Source, arch: Arch) -> list[dict[str, Any]]:
+    """What FEW tokens give each block besides hidden states, with numbers: weights around the blocks are all 0."""
+    model: nn.Module = copy.deepcopy(source.skeleton())
+    for name in arch.around:
+        for leaf, weight in list(model.get_submodule(name).named_parameters()):
+            nothing = torch.zeros((), dtype=weight.dtype).expand(weight.shape)  # takes no room
+            put(model, f"{name}.{leaf}", nn.Parameter(nothing, requires_grad=False))
+    blocks = model.get_submodule(arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    ids = torch.zeros(1, FEW, dtype=torch.int64)
+    with _telling(source.label):
+        return record(model.get_submodule(arch.decoder), blocks, ids, every_block=True)[1]
 
 
 @contextmanager

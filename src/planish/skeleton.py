@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from planish.errors import PlanishError
+from planish.experts import unfuse
 from planish.guard import Stored, reading
 
 # encoders that transformers makes language models of, filling tables of positions by loops of any length
@@ -44,7 +45,7 @@ class _Counted(TorchFunctionMode):
 def build(
     config: PreTrainedConfig, dtype: torch.dtype, label: str, code: bool, stored: Stored | None = None
 ) -> PreTrainedModel:
-    """The model, all of it on meta: `start_buffers` is next.
+    """The model, all of it on meta, fused experts taken apart: `start_buffers` is next.
 
     Args:
         stored: what its files hold, which bounds what is made.
@@ -60,7 +61,8 @@ def build(
             counted = nullcontext() if stored is None else _Counted(stored.calls, label)
             try:
                 with torch.device("meta"), counted:
-                    return auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=code)
+                    made = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=code)
+                    return unfuse(made)
             except PlanishError:
                 raise
             except ValueError as error:

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from planish.arch import discover
 from planish.errors import PlanishError, first_line
+from planish.experts import unfuse
 from planish.gguf_header import read_header
 from planish.guard import Stored, check_config, read_json, reading
 from planish.naming import module_names
@@ -291,14 +292,14 @@ class MemorySource(Source):
     def __init__(self, model: PreTrainedModel, *, label: str | None = None) -> None:
         label = label or type(model).__name__
         _refuse_quantized(model.config, label)
-        self._tensors = {
-            name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)
-        }
+        twin = unfuse(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
+        tensors = twin.state_dict(keep_vars=True)
+        self._tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
         for name, tensor in self._tensors.items():
             if tensor.is_meta:
                 raise PlanishError(f"{label}: {name} is on the meta device; load the model whole")
-        memo = {id(parameter): on_meta(parameter) for parameter in model.parameters()}
-        super().__init__(copy.deepcopy(model, memo), model.config, label, None)
+        memo = {id(parameter): on_meta(parameter) for parameter in twin.parameters()}
+        super().__init__(copy.deepcopy(twin, memo), model.config, label, None)
 
     def names(self) -> list[str]:
         return [name for name in self._tensors if self._ties.get(name, [name])[0] == name]

@@ -109,7 +109,7 @@ def _convert(
                 writer.add(spell(tensor_name), tensor)
         for tensor_name in plain_names(source, {*digests, *widened}):
             writer.add(spell(tensor_name), source.get(tensor_name))
-        words = words_of(format, schemes, ordered)
+        words = words_of(format, schemes, folder.source.skeleton(), ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
         files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes)
         return writer.finish(config, files, verify=lambda made: verify_folder(made, digests, folder))

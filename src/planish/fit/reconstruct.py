@@ -208,6 +208,7 @@ def reconstruct(
     micro_batch: int,
     seed: int,
     besides: Mapping[str, Sequence[Tensor]] | None = None,
+    capture: bool = True,
 ) -> Outcome:
     """Fit the quantizers of one span in place.
 
@@ -217,7 +218,7 @@ def reconstruct(
         inputs, targets: [samples, tokens, hidden], wherever the streams live.
         device: where to compute. micro_batch: samples in one backward pass.
         seed: of the order of samples.
-        besides: as of `slot_groups`.
+        besides: as of `slot_groups`. capture: as of `Step`.
     """
     samples = Samples(len(inputs), fit.holdout, fit.batch_size, seed)
     steps = fit.steps_on(len(samples.rest))
@@ -233,7 +234,9 @@ def reconstruct(
         return Outcome(before=before, after=before)
     best = Best([p for params, _ in groups for p in params], before)
     batches = [samples.next() for _ in range(steps)]
-    make_step = functools.partial(Step, loss, groups, OPTIMIZERS[fit.optimizer], micro_batch=micro_batch)
+    make_step = functools.partial(
+        Step, loss, groups, OPTIMIZERS[fit.optimizer], micro_batch=micro_batch, capture=capture
+    )
     with Feed((inputs, targets), batches, device) as feed:
         notes = _descend(fit, feed, steps, make_step, held, best)
     best.restore()

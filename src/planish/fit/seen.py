@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from planish.experts import Experts
 from planish.qtensor import to_groups
 from planish.transform.smooth import Extremes
 
@@ -51,6 +52,44 @@ class Extent:
             if name in self.found:
                 low, high = torch.minimum(low, self.found[name][0]), torch.maximum(high, self.found[name][1])
             self.found[name] = low, high
+
+        return hook
+
+
+class Routed:
+    """While it lasts, how many tokens reach each expert, by the full name of the block's Experts.
+
+    Args:
+        blocks: by full name. found: where the counts go, added to; what is there already of these experts goes.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module], found: dict[str, list[int]]) -> None:
+        self.found = found
+        self.experts = {
+            f"{block}.{path}": part
+            for block, module in blocks.items()
+            for path, part in module.named_modules()
+            if isinstance(part, Experts)
+        }
+
+    def __enter__(self) -> "Routed":
+        for name, part in self.experts.items():
+            self.found[name] = [0] * len(list(part.children()))
+        self.handles = [part.register_forward_pre_hook(self._note(name)) for name, part in self.experts.items()]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            before = self.found[name]
+            if args[1].is_meta:  # without numbers each is reached
+                self.found[name] = [1] * len(before)
+                return
+            counts = torch.bincount(args[1].flatten(), minlength=len(before)).tolist()
+            self.found[name] = [old + new for old, new in zip(before, counts, strict=True)]
 
         return hook
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from planish.attention import rounded_heads
-from planish.edges import Edge, find_edges
+from planish.edges import Edge, Proposals, find_edges
 from planish.errors import PlanishError
+from planish.experts import has_experts
 from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, TRANSFORM, Outcome, Reconstruct, reconstruct
-from planish.fit.seen import Extent, Seen, input_moments
+from planish.fit.seen import Extent, Routed, Seen, input_moments
 from planish.fit.step import WARM_UP
 from planish.fit.turned import Inputs, asked, choose
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
-from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer
+from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer, Searched
 from planish.scheme import Scheme
 from planish.stream import BlockStream
 from planish.transform.smooth import Smooth, Smoothed
@@ -85,6 +86,8 @@ class Job:
         first: block to begin with; those before it are finished, and the streams stand behind them.
         finished: told after each span how many blocks are finished, and how its fit went.
         errors: by linear how far W_hat is from the float weight W: |W_hat - W| / |W|, filled as they are finished.
+        routed: by the name of a block's experts how many tokens of the float stream reach each; filled likewise.
+        proposals: of a block by its index, where its edges can't be found since it has no numbers.
     """
 
     stage: Stage
@@ -100,6 +103,18 @@ class Job:
     first: int = 0
     finished: Callable[[int, Outcome | None], None] | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, list[int]] = field(default_factory=dict)
+    proposals: Callable[[int, nn.Module], Proposals | None] = lambda index, block: None
+
+    def unreached(self, index: int) -> list[str]:
+        """Full names of the experts of a block that no token reaches."""
+        mine = f"{self.blocks.names[index]}."
+        return [
+            f"{name}.{number}"
+            for name, counts in self.routed.items()
+            for number, count in enumerate(counts)
+            if name.startswith(mine) and not count
+        ]
 
 
 def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
@@ -130,10 +145,19 @@ def run_stage(job: Job, progress: Progress | None = None) -> list[Outcome]:
                     peak_bytes=peak_bytes(job.device),
                     before=outcome.before if outcome else None,
                     after=outcome.after if outcome else None,
-                    note="; ".join(outcome.notes) if outcome else "",
+                    note="; ".join(_notes(job, indices, outcome)),
                 )
             )
     return outcomes
+
+
+def _notes(job: Job, indices: range, outcome: Outcome | None) -> list[str]:
+    lonely = {job.blocks.names[index]: names for index in indices if (names := job.unreached(index))}
+    said = [
+        f"{name}: no token reaches {len(names)} of its experts, which are rounded by search, such as {names[0]}"
+        for name, names in lonely.items()
+    ]
+    return [*(outcome.notes if outcome else ()), *said]
 
 
 def trial(job: Job) -> Job:
@@ -207,11 +231,13 @@ def _quantize(job: Job, name: str, layer: QLinear) -> None:
 def _edges(job: Job, span: Mapping[int, nn.Module], linears: Mapping[str, nn.Linear]) -> dict[int, list[Edge]]:
     """By index the edges of the blocks that are to be smoothed."""
     smooth, stream = job.stage.smooth, job.stream
-    if smooth is None or stream is None or job.device.type == "meta":  # without numbers nothing can be found
+    if smooth is None or stream is None:
         return {}
     wanted = {name for name in linears if smooth.always or job.schemes[name].activations}
     return {
-        index: find_edges(block, stream.fp[:1].to(job.device), stream.arguments[index], run_block)
+        index: find_edges(
+            block, stream.fp[:1].to(job.device), stream.arguments[index], run_block, job.proposals(index, block)
+        )
         for index, block in span.items()
         if any(name.startswith(f"{job.blocks.names[index]}.") for name in wanted)
     }
@@ -266,15 +292,17 @@ def _attach(
     smoothed: Sequence[Smoothed] = (),
 ) -> dict[str, QLinear]:
     """Put a QLinear in the place of each linear; by full name."""
-    layers = {}
+    layers, stage = {}, job.stage
+    unreached = tuple(f"{name}." for index in span for name in job.unreached(index))
     for name, linear in linears.items():
+        lonely = name.startswith(unreached)  # nothing is known that a fit could go by
         factors = [found for part in smoothed if (found := part.columns(name)) is not None]
         quantizer = Quantizer(
             linear.weight.detach(),
             job.schemes[name],
-            weight_slot=job.stage.weight,
-            range_slot=job.stage.range,
-            rounding_slot=job.stage.rounding,
+            weight_slot=Fixed if lonely else stage.weight,
+            range_slot=Searched if lonely else stage.range,
+            rounding_slot=Nearest if lonely else stage.rounding,
             importance=_behind(importance.pop(name, None), factors),
         )
         layers[name] = QLinear(linear, quantizer, job.schemes[name].activations)
@@ -312,7 +340,8 @@ def _fit(
         return None
     # compilers fuse what a transform moves and round it otherwise than when it is folded
     compiled = job.stage.fit.compiled(job.device, sum(linear.numel() for linear in _weights(span)))
-    if compiled and not besides.get(TRANSFORM):
+    steady = not any(has_experts(block) for block in span.values())  # does every step launch the same work?
+    if compiled and steady and not besides.get(TRANSFORM):
         span = {index: cast(nn.Module, torch.compile(block)) for index, block in span.items()}
     return reconstruct(
         functools.partial(_run, job.stream, span),
@@ -324,6 +353,7 @@ def _fit(
         micro_batch=job.micro_batch,
         seed=job.seed + min(span),
         besides=besides,
+        capture=steady,
     )
 
 
@@ -384,7 +414,8 @@ def _float_pass(
             stream.advance(stream.fp, block, index)
 
     importance: dict[str, Tensor] = {}
-    with Extent(smoothed) as extent:
+    blocks = {job.blocks.names[index]: block for index, block in span.items()}
+    with Extent(smoothed) as extent, Routed(blocks, job.routed):
         if stage.importance:
             sizes = {name: job.schemes[name].group_in(linear.in_features) for name, linear in linears.items()}
             small = {name: size for name, size in sizes.items() if size <= PRODUCTS_GROUP}

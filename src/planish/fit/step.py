@@ -25,6 +25,7 @@ class Step:
         optimizer: class taking groups with a tensor `lr`.
         inputs: example batch; gives shape, dtype, device. targets: likewise.
         micro_batch: samples a backward pass; gradients are summed over them in order.
+        capture: whether every step launches the same work, so that one can be captured on a GPU.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Step:
         inputs: Tensor,
         targets: Tensor,
         micro_batch: int,
+        capture: bool = True,
     ) -> None:
-        self.loss, self.micro_batch = loss, micro_batch
+        self.loss, self.micro_batch, self.capture = loss, micro_batch, capture
         self.inputs, self.targets = torch.empty_like(inputs), torch.empty_like(targets)
         device = inputs.device
         self.rates = [rate for _, rate in parameters]
@@ -63,7 +65,7 @@ class Step:
         """One step on what lies in `inputs` and `targets`, every rate multiplied by factor."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"].fill_(rate * factor)
-        if self.inputs.device.type != "cuda":
+        if self.inputs.device.type != "cuda" or not self.capture:
             self._once()
         elif self.calls < WARM_UP:
             self._on_side_stream()

@@ -104,10 +104,12 @@ class Smooth:
         device = weight_of(block, edge.moves[0].module).device
         low, high, weight = (torch.zeros(edge.size, device=device) for _ in range(3))
         for taker, index in edge.takes.items():
-            index, (lowest, highest) = index.to(device), extremes[f"{name}.{taker}"]
-            largest = weight_of(block, taker).abs().amax(0).float()
-            low.scatter_reduce_(0, index, lowest.float(), "amin")
-            high.scatter_reduce_(0, index, highest.float(), "amax")
+            seen = extremes.get(f"{name}.{taker}")
+            if seen is None:  # a router, which isn't rounded, or an expert without a token
+                continue
+            index, largest = index.to(device), weight_of(block, taker).abs().amax(0).float()
+            low.scatter_reduce_(0, index, seen[0].float(), "amin")
+            high.scatter_reduce_(0, index, seen[1].float(), "amax")
             weight.scatter_reduce_(0, index, largest, "amax")
         shift = (low + high) / 2 if self.shift and edge.shifts else None
         reach = torch.maximum(-low, high) if shift is None else (high - low) / 2
