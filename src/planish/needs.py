@@ -36,6 +36,8 @@ PACKING = 3
 # host memory that pieces below `shadow.PIECE` take in glibc's heap, over what they are: freed ones leave holes.
 # Empirical: SmolLM2 with rtn, signround and block_ap, glibc 2.36. With MALLOC_MMAP_THRESHOLD_=262144 it is 1.
 HEAP = 1.9
+# ... and where inputs are rounded, whose pieces are of many sizes. Empirical: SmolLM2 with omniquant and smoothquant
+ROUNDED_HEAP = 2.5
 # of cuBLAS on the GPU, for each stream: a step is warmed up, captured and replayed on three
 WORKSPACE = 32 * 2**20
 
@@ -266,7 +268,7 @@ def _at_blocks(case: Case, on_cpu: int, small: int, where: str) -> int:
     blocks = [f"{case.resolved.arch.block(index)}." for index in case.spans()[-1]]
     last = sum(size for name, size in layers.items() if name.startswith(tuple(blocks)))
     inside = sum(size for name, size in layers.items() if name in shapes)
-    holes = (HEAP - 1) * (small + min(_small(case), SHARD))
+    holes = (_heap(case) - 1) * (small + min(_small(case), SHARD))
     on_gpu = case.device.type == "cuda"  # which packs there
     packing = 0 if on_gpu else PACKING * max(rows * columns for rows, columns in shapes.values())
     if case.resolved.recipe.whole is not None:
@@ -274,6 +276,10 @@ def _at_blocks(case: Case, on_cpu: int, small: int, where: str) -> int:
     through_pinned = on_gpu and where in ("host", "disk")
     pinned = max(4 * case.batch, 5 * case.micro_batch) * case.sample if through_pinned else 0  # slots: see `feed`
     return round(pinned + holes + max(min(inside - last, SHARD) + on_cpu, min(inside, SHARD) + packing))
+
+
+def _heap(case: Case) -> float:
+    return ROUNDED_HEAP if any(scheme.activations for scheme in case.resolved.schemes.values()) else HEAP
 
 
 def _small(case: Case) -> int:
@@ -284,7 +290,7 @@ def _small(case: Case) -> int:
 def _at_the_end(case: Case, small: int) -> int:
     """Host memory while what isn't quantized is written: a shard, the tensor that fills it, the heap with its holes."""
     sizes = [*case.disk.layers.values(), *case.disk.others.values()]
-    heap = (HEAP - 1) * min(_small(case), SHARD) + HEAP * small
+    heap = (_heap(case) - 1) * min(_small(case), SHARD) + _heap(case) * small
     return round(min(sum(sizes), SHARD + max(sizes)) + heap)
 
 
