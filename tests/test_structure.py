@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS = {
     "errors": 0, "scheme": 0, "bitstream": 0, "qtensor": 0, "dist": 0, "log": 0, "charts": 0,
     "quant": 1, "kernels": 1, "arch": 1, "data": 1, "embedded": 1, "checkpoint": 1, "source": 1, "guard": 1,
-    "shards": 1, "gguf_header": 1, "edges": 1, "experts": 1, "attention": 2,
+    "shards": 1, "gguf_header": 1, "edges": 1, "experts": 1, "attention": 2, "attend": 2,
     "skeleton": 1, "naming": 1, "feed": 1, "journal": 1, "instruct": 1,
     "transform": 2, "formats": 2, "stream": 2, "targets": 2, "tables": 2,
     "fit": 3,

@@ -16,7 +16,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch._inductor import config as inductor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from planish import attend
 from planish.arch import discover
 from planish.errors import first_line
 from planish.experts import has_experts
@@ -92,6 +93,7 @@ class Decoder:
         length: most tokens of a prompt and its answer.
         temperature, compiled: as of `generate`.
         overlap: whether kernels of compiled blocks start before those ahead of them have ended, where a GPU can.
+        one_query: whether compiled blocks have an attention made for one query a row (attend.py), where they can.
 
     Attributes:
         tokens: int64 [batch, length], the answer so far in its first columns.
@@ -107,6 +109,7 @@ class Decoder:
         temperature: float = 0.0,
         compiled: bool = False,
         overlap: bool = True,
+        one_query: bool = True,
     ) -> None:
         self.model, self.temperature = model, temperature
         self.kind = "static" if _static(model, compiled) else "dynamic"
@@ -115,7 +118,7 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self.tokens = torch.zeros(batch, self.length, dtype=torch.int64, device=model.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._compiled = _Compiled(model, self.cache, overlap) if compiled else None
+        self._compiled = _Compiled(model, self.cache, overlap, one_query) if compiled else None
         self.captured = False
         self._replay: Callable[[], None] | None = None
 
@@ -192,22 +195,26 @@ class _Compiled:
     """A model's blocks, compiled: one function, called with each block and its own layer of the cache, so that what
     is compiled for the first serves for all that are like it."""
 
-    def __init__(self, model: PreTrainedModel, cache: Any, overlap: bool) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Any, overlap: bool, one_query: bool) -> None:
         blocks = model.get_submodule(discover(model, PackedLinear).blocks)
         assert isinstance(blocks, nn.ModuleList)
-        self.model, self.blocks = model, blocks
-        layers, call = map(_Layer, cache.layers), _compiled_call(overlap)
-        self.places = [_Place(block, call, layer) for block, layer in zip(blocks, layers, strict=False)]
+        self.model, self.blocks, self.layers, self.one_query = model, blocks, cache.layers, one_query
+        rooms, call = map(attend.Room, cache.layers), _compiled_call(overlap)
+        self.places = [_Place(block, call, room) for block, room in zip(blocks, rooms, strict=False)]
 
     @contextmanager
     def standing(self) -> Iterator[None]:
-        """Calls go to what is compiled for as long as it lasts."""
+        """Calls go to what is compiled for as long as it lasts, which is a step."""
         original = list(self.blocks)
-        with merging(self.model), torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
+        own = self.one_query and attend.takes(self.model, self.blocks, self.layers[0])
+        attention = attend.one_query(self.model) if own else nullcontext()
+        with merging(self.model), attention, torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
             try:
                 for index, place in enumerate(self.places):
-                    self.blocks[index] = place
+                    self.blocks[index], place.room.waits = place, own
                 yield
+                if own:
+                    torch._foreach_add_([layer.cumulative_length for layer in self.layers], 1)
             finally:
                 for index, block in enumerate(original):
                     self.blocks[index] = block
@@ -216,9 +223,9 @@ class _Compiled:
 class _Place(nn.Module):
     """Stands where a block was, and calls it compiled."""
 
-    def __init__(self, block: nn.Module, call: Callable[..., Any], layer: "_Layer") -> None:
+    def __init__(self, block: nn.Module, call: Callable[..., Any], room: attend.Room) -> None:
         super().__init__()
-        self.__dict__ |= {"block": block, "call": call, "layer": layer}
+        self.__dict__ |= {"block": block, "call": call, "room": room}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -228,21 +235,10 @@ class _Place(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"] = self.layer
+            kwargs["past_key_values"] = self.room
+            if self.room.waits:
+                kwargs["room"] = self.room
         return self.call(self.block, *args, **kwargs)
-
-
-class _Layer:
-    """A cache as a block sees it: its own layer, whatever number it asks for, which would be compiled in."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.layer.update(keys, values, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.layer.get_seq_length()
 
 
 @functools.cache

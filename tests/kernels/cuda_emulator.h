@@ -168,6 +168,20 @@ static unsigned fma_pairs(unsigned a, unsigned b, unsigned c) {
     return emulator::fma_of(bf16, a, b, c) | emulator::fma_of(bf16, a >> 16, b >> 16, c >> 16) << 16;
 }
 
+static float shuffle(float value, int mask) {
+    emulator::lane_numbers()[0] = value;
+    emulator::meet(emulator::warp(), 7);
+    value = emulator::numbers[emulator::current / 32][emulator::current % 32 ^ mask][0];
+    emulator::meet(emulator::warp(), 8);
+    return value;
+}
+
+static void meet_cluster() { emulator::meet(emulator::cluster, 9); }
+
+static float remote(const float* at, int rank) {
+    return *(const float*)(emulator::memories[rank] + ((const char*)at - shared_memory()));
+}
+
 namespace emulator {
 
 static std::function<void()> body;

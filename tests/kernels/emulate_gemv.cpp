@@ -63,20 +63,6 @@ static unsigned warp_max(unsigned value) {
     return value;
 }
 
-static float shuffle(float value, int mask) {
-    emulator::lane_numbers()[0] = value;
-    emulator::meet(emulator::warp(), 7);
-    value = emulator::numbers[emulator::current / 32][emulator::current % 32 ^ mask][0];
-    emulator::meet(emulator::warp(), 8);
-    return value;
-}
-
-static void meet_cluster() { emulator::meet(emulator::cluster, 9); }
-
-static float remote(const float* at, int rank) {
-    return *(const float*)(emulator::memories[rank] + ((const char*)at - shared_memory()));
-}
-
 #include KERNEL
 
 extern "C" void run_gemv(

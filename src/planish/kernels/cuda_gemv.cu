@@ -43,20 +43,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// a number in the shared memory of a block of the cluster, where `at` is in this one's
-__device__ __forceinline__ float remote(const float* at, int rank) {
-    float value;
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];}"
-                 : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
-__device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 #endif
 

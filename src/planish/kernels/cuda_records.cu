@@ -35,6 +35,20 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// a number in the shared memory of a block of the cluster, where `at` is in this one's
+__device__ __forceinline__ float remote(const float* at, int rank) {
+    float value;
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];}"
+                 : "=f"(value) : "r"(shared_address(at)), "r"(rank) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ float shuffle(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
 __device__ __forceinline__ float from_half(u32 low) {
     float value;
     asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(low));

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -166,7 +167,7 @@ def launch(
     grid: tuple[int, int],
     threads: int,
     shared: int,
-    arguments: Sequence[torch.Tensor | int | None | ctypes.Array],
+    arguments: Sequence[torch.Tensor | int | float | None | ctypes.Array],
     overlap: bool = False,
     cluster: int = 1,
 ) -> None:
@@ -188,9 +189,11 @@ def launch(
     _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, places, None))
 
 
-def _argument(value: torch.Tensor | int | None | ctypes.Array) -> ctypes.c_int | ctypes.c_void_p | ctypes.Array:
+def _argument(value: torch.Tensor | int | float | None | ctypes.Array) -> Any:
     if isinstance(value, int):
         return ctypes.c_int(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
     if isinstance(value, ctypes.Array):
         return value
     return ctypes.c_void_p(None if value is None else value.data_ptr())
