@@ -1,12 +1,16 @@
 """Decoding end to end: models of Llama-2's shapes with random weights, packed ones beside the one of 16 bits.
 
     python benchmarks/decode.py OUT.json [--cases 7b:16,7b:w2g64asym] [--seconds 500] [--profile]
+    python benchmarks/decode.py OUT.json --ways [--seconds 140]
     python benchmarks/decode.py OUT.json --load [--folder DIR]
 
 Batch 1, 128 new tokens after a prompt of 128, by `planish.decode`: a step is one CUDA graph on either side, first as
 transformers runs it, then with compiled blocks. `times` is a case's tokens a second over those of 16 bits, run the same
 way; TARGETS are for compiled blocks. Packed weights are made as they are loaded: a file's bit stream, laid out on the
 GPU, so that the floats of a model never exist. --profile adds the kernels of a step.
+
+--ways times what a step of compiled blocks may do without: kernels that overlap (`overlap`) and an attention made for
+one query (`one query`), neither, each, both; and that attention alone beside torch's, over full caches.
 
 --load writes a checkpoint of a 7B shape in 4 and in 16 bits (18 GB), and times from the call that loads it to the
 first token of an answer: Planish on the one, transformers on the other, each in a process of its own, files in the
@@ -35,6 +39,7 @@ from planish.decode import Decoder
 from planish.folder import config_of
 from planish.formats import FORMATS
 from planish.guard import Stored
+from planish.kernels.cuda_attend import attend_one
 from planish.kernels.linear import PackedLinear
 from planish.kernels.records import Records
 from planish.kernels.siblings import settle
@@ -145,6 +150,78 @@ def kernels(model: PreTrainedModel, compiled: bool, steps: int = 4) -> list[dict
     ]
 
 
+WAYS = {"neither": (False, False), "overlap": (True, False), "one query": (False, True), "both": (True, True)}
+
+
+def compare_ways(cases: list[str], limit: float) -> list[dict]:
+    """Milliseconds a step takes, compiled, each way; at 16 and 2 bits all of them, else the first and the last."""
+    speed_of_memory, results = bandwidth_of(DEVICE), []
+    for number, case in enumerate(cases):
+        shape, _, scheme = case.partition(":")
+        model = make(shape, None if scheme == "16" else Scheme.parse(scheme))
+        for way, (overlap, one_query) in WAYS.items():
+            if time.perf_counter() - STARTED > limit:
+                print("out of time before", case, way)
+                return results
+            if number > 1 and way not in ("neither", "both"):
+                continue
+            before = time.perf_counter()
+            found = bench(model, batches=(1,), prompt=PROMPT, new=NEW, compiled=True, speed_of_memory=speed_of_memory,
+                          overlap=overlap, one_query=one_query)  # fmt: skip
+            (speed,) = found.speeds
+            results.append({"case": case, "way": way, "ms": 1e3 / speed.rate, "tokens/s": speed.rate})
+            print(f"{case:14} {way:10} {1e3 / speed.rate:7.3f} ms  {speed.rate:7.1f} tokens/s  "
+                  f"({time.perf_counter() - before:.0f} s)", flush=True)  # fmt: skip
+        del model
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+    return results
+
+
+def attention(heads: int, kv_heads: int, dim: int, length: int, layers: int) -> dict[str, float]:
+    """Microseconds of one call over a full cache, each with a cache of its own that no other call has just read."""
+    caches = torch.randn(layers, 2, 1, kv_heads, length, dim, device=DEVICE, dtype=DTYPE)
+    query = torch.randn(1, heads, 1, dim, device=DEVICE, dtype=DTYPE)
+    key, value = torch.randn(2, 1, kv_heads, 1, dim, device=DEVICE, dtype=DTYPE)
+    filled = torch.tensor(length - 1, device=DEVICE)
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=DEVICE)
+
+    def ours() -> None:
+        for keys, values in caches:
+            attend_one(query, key, value, keys, values, filled, dim**-0.5)
+
+    def torchs() -> None:  # as transformers calls it in compiled blocks
+        for cache in caches:
+            keys, values = (part.repeat_interleave(heads // kv_heads, 1) for part in cache)
+            nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+    times = {}
+    for name, calls in (("ours", ours), ("sdpa", torchs)):
+        calls()
+        replay = calls
+        if CUDA:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                calls()
+            replay = graph.replay
+        times[name] = 1e6 * min(seconds(replay, DEVICE) for _ in range(5)) / layers
+    return times
+
+
+def attention_figures() -> list[dict]:
+    found = []
+    for shape in ("tiny",) if TINY else ("7b", "70b"):
+        hidden, _, _, heads, kv_heads, _ = SHAPES[shape]
+        for length in (64,) if TINY else (256, 1024, 4096):
+            times = attention(heads, kv_heads, hidden // heads, length, 3 if TINY else 32)
+            found.append({"shape": shape, "length": length, "us": times})
+            print(f"attention {shape:4} {length:5} tokens: ours {times['ours']:6.1f} us, sdpa {times['sdpa']:6.1f} us",
+                  flush=True)  # fmt: skip
+    return found
+
+
 def compare(cases: list[str], limit: float, profile: bool) -> list[dict]:
     speed_of_memory, results, base = bandwidth_of(DEVICE), [], {}
     print(f"{speed_of_memory / 1e12:.2f} TB/s", flush=True)
@@ -253,6 +330,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", default=None, help=f"shape:scheme, 16 being dense; {CASES}")
     parser.add_argument("--load", action="store_true", help="time loading instead")
+    parser.add_argument("--ways", action="store_true", help="time what a step may do without instead")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written; temporary otherwise")
     parser.add_argument("--profile", action="store_true", help="show the kernels of a step")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
@@ -263,6 +341,10 @@ def main() -> None:
     shape = "tiny" if TINY else "7b"
     if asked.load:
         result = {"about": about, "load": load_figures(shape, asked.folder), "repack GB/s": repack_figures(shape)}
+    elif asked.ways:
+        cases = (asked.cases or ("tiny:16,tiny:w2g64asym,tiny:w4g128" if TINY else CASES)).split(",")
+        cases = [case for case in cases if not case.startswith("70b")]
+        result = {"about": about, "attention": attention_figures(), "ways": compare_ways(cases, asked.seconds)}
     else:
         cases = (asked.cases or ("tiny:16,tiny:w2g64asym,tiny:w4g128" if TINY else CASES)).split(",")
         result = {"about": about, "cases": compare(cases, asked.seconds, asked.profile)}

@@ -55,4 +55,4 @@ def test_refusals(tiny_llama: Any) -> None:
     falcon = AutoModelForCausalLM.from_config(config)
     with pytest.raises(PlanishError, match="FalconForCausalLM has an attention of its own"):
         planish.resolve(falcon, "rtn", "w8g32kv4")
-    assert all(not name.startswith("planish") or name[-1] in "48s" for name in ALL_ATTENTION_FUNCTIONS)
+    assert all(not name.startswith("planish_kv") or name[-1] in "48s" for name in ALL_ATTENTION_FUNCTIONS)

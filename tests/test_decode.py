@@ -19,6 +19,9 @@ from planish.kernels.linear import packed_layers
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.fixture
 def folder(tiny_llama, tmp_path):
     planish.quantize_to(tiny_llama(), tmp_path / "q4", "rtn", "w4g32", device="cpu")
@@ -133,7 +136,7 @@ def test_transformers_compiles_a_model_of_records_whole(folder, held_as_records)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_is_one_graph_on_a_gpu(folder, dense, compiled):
     for model in (planish.load(folder, device="cuda"), dense.cuda()):
@@ -147,3 +150,21 @@ def test_a_step_is_one_graph_on_a_gpu(folder, dense, compiled):
         assert decoder.captured
         expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=21, do_sample=False)
         assert (found == expected)[:, :10].float().mean() >= 0.9  # near ties may fall the other way
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_overlap_changes_nothing_on_a_gpu(tiny_llama, tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 16}
+    planish.quantize_to(tiny_llama(**sizes), tmp_path / "q", "rtn", "w4g32", device="cpu")
+    model = planish.load(tmp_path / "q", device="cuda")
+    model.generation_config.eos_token_id = None
+    for one_query in (False, True):
+        answers = []
+        for overlap in (False, True, True):
+            decoder = Decoder(model, 2, 200, compiled=True, overlap=overlap, one_query=one_query)
+            decoder.start(PROMPTS.cuda())
+            decoder.advance(150)
+            assert decoder.captured
+            answers.append(decoder.tokens.clone())
+        assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])

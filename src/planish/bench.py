@@ -83,6 +83,7 @@ def bench(
     new: int = 128,
     compiled: bool = False,
     speed_of_memory: float | None = None,
+    **ways: bool,
 ) -> Bench:
     """Measure a model in memory.
 
@@ -90,6 +91,7 @@ def bench(
         batches: prompts at a time. prompt, new: tokens of each, and of each answer.
         compiled: as of `planish.generate`.
         speed_of_memory: bytes a second, if measured already.
+        ways: `overlap` and `one_query`, as of a Decoder.
 
     Raises:
         PlanishError: for counts below 1, or a model that a Decoder can't take.
@@ -104,7 +106,7 @@ def bench(
         torch.cuda.reset_peak_memory_stats(device)
     speeds, captured = [], False
     for batch in batches:
-        decoder = Decoder(model, batch, prompt + new, compiled=compiled)
+        decoder = Decoder(model, batch, prompt + new, compiled=compiled, **ways)
         first, rate = _timed(decoder, batch, prompt, new)
         captured = decoder.captured
         share = rate / batch * weights / bandwidth

@@ -199,6 +199,7 @@ class _Compiled:
         blocks = model.get_submodule(discover(model, PackedLinear).blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.model, self.blocks, self.layers, self.one_query = model, blocks, cache.layers, one_query
+        self._own: bool | None = None  # whether the attention is ours; known once the cache was filled
         rooms, call = map(attend.Room, cache.layers), _compiled_call(overlap)
         self.places = [_Place(block, call, room) for block, room in zip(blocks, rooms, strict=False)]
 
@@ -206,7 +207,9 @@ class _Compiled:
     def standing(self) -> Iterator[None]:
         """Calls go to what is compiled for as long as it lasts, which is a step."""
         original = list(self.blocks)
-        own = self.one_query and attend.takes(self.model, self.blocks, self.layers[0])
+        if self._own is None:
+            self._own = self.one_query and attend.takes(self.model, self.blocks, self.layers[0])
+        own = self._own
         attention = attend.one_query(self.model) if own else nullcontext()
         with merging(self.model), attention, torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
             try:
