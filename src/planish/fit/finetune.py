@@ -6,7 +6,7 @@ is short, `fit.lean_loop` does the same one block at a time. Knows nothing of fo
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from planish.experts import has_experts
 from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome, Samples
 from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
@@ -75,7 +76,10 @@ def finetune(
         callbacks=[Guard(watch, last)],
     )
     trainer.remove_callback(PrinterCallback)
-    with _checkpointing(objective.model, setting.checkpointing):
+    members = [parameter for slot in parameters.values() for parameter, _ in slot]
+    steady = setting.device.type == "cuda" and not setting.checkpointing and not has_experts(objective.model)
+    capturing = objective.capturing(members) if steady else nullcontext()
+    with _checkpointing(objective.model, setting.checkpointing), capturing:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     objective.eval()
     watch.restore()
@@ -137,8 +141,10 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
 
 def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
     """AdamW, one group a parameter, since each has a rate of its own."""
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in peak_rates(parameters, stage)]
-    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=0.0)
+    peaks = list(peak_rates(parameters, stage))
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in peaks]
+    fused = all(parameter.is_cuda for parameter, _ in peaks)  # a launch a group, not a dozen
+    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=0.0, fused=fused)
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:
