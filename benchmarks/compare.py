@@ -119,7 +119,7 @@ def measure(
         row |= {"seconds": round(time.perf_counter() - start, 1), "windows": samples}
         if torch.cuda.is_available():
             row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        if args.keep:
+        if args.keep and folder is None:  # never over the folder that other settings start from
             planish.save(model, args.keep, format="native", overwrite=True)
     limit, seqlen = (1, 64) if args.tiny else (None, 2048)
     for name in ("valid", "test") if args.texts == "test" else ("valid",):
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--calibration", choices=("wikitext", "mix"), default="wikitext")
     parser.add_argument("--texts", choices=("valid", "test"), default="valid")
-    parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting")
+    parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting without a start")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
     parser.add_argument("--tiny", action="store_true", help="short windows and one step's worth: a dry run")
     args = parser.parse_args()

@@ -177,6 +177,21 @@ def test_efficientqat_from_the_float_model(base: Path, tmp_path: Path, text: str
     assert same(parts(tmp_path / "q")[0], codes)
 
 
+def test_the_default_recipe_ends_as_e2e_qp_goes_on_from_its_blocks(base: Path, tmp_path: Path) -> None:
+    """The same windows, order, teacher, rates and state kept: equal tensors, one process or two."""
+    ids = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
+    about: dict[str, Any] = {"data": ids, "samples": 16, "seqlen": 32, "device": "cpu"}
+    whole = planish.quantize(base, "planish", "w2g32", epochs=1.0, e2e_epochs=2.0, **about)
+    blocks = planish.quantize(base, "planish", "w2g32", epochs=1.0, end_to_end=False, **about)
+    planish.save(blocks, tmp_path / "blocks", format="native")
+    keys = {"distill": 1.0, "norm_rate": 1e-3, "epochs": 2.0}
+    finetune(tmp_path / "blocks", tmp_path / "tuned", teacher=base, batch_size=8, keys=keys, **about)
+    one, other = whole.state_dict(), planish.load(tmp_path / "tuned", device="cpu").state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    moved = [name for name, value in blocks.state_dict().items() if not torch.equal(value, one[name])]
+    assert moved and all(name.endswith(("scale", "norm.weight")) for name in moved)
+
+
 def chats(folder: Path, answer: str, rows: int = 24) -> str:
     """A file of conversations."""
     made = [
