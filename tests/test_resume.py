@@ -39,7 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "block_ap": {"recipe": "block_ap", **SIGNROUND, "norm_rate": 1e-3},
     "omniquant": {"recipe": "omniquant", **SIGNROUND, "let": True, "augment": True},
     "rotate+omniquant": {"recipe": "rotate+omniquant", **SIGNROUND, "scheme": "w4a4asym"},
-}
+    "omniquant, turned": {"recipe": "omniquant", **SIGNROUND, "scheme": "w4a4h", "layers": ["o_proj=w4a4"]},
+    "rotate+signround, turned": {"recipe": "rotate+signround", **SIGNROUND, "scheme": "w4a4asym",
+                                 "layers": ["down_proj=w4a4hasym"]},
+}  # fmt: skip
 LAYERS = 5
 
 

@@ -16,6 +16,7 @@ Knows nothing of what s is good for, nor of quantizers.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,10 +57,10 @@ class Move:
     def __call__(self, value: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor | None = None) -> Tensor:
         """The parameter moved, at least in fp32; `weight` is a bias's own, [out, in] before it was moved."""
         value = value.to(torch.promote_types(value.dtype, torch.float32))
-        factor = torch.cat([scale, scale.new_ones(1)])[self.index.to(scale.device)]
+        factor = self._entries(scale, 1.0)
         if self.how == "columns" and self.leaf == "weight":
             return value * factor
-        offset = None if shift is None else torch.cat([shift, shift.new_zeros(1)])[self.index.to(shift.device)]
+        offset = None if shift is None else self._entries(shift, 0.0)
         if self.how == "columns":
             assert weight is not None and offset is not None
             return value + weight.to(value.dtype) @ offset.to(value.dtype)
@@ -69,6 +70,17 @@ class Move:
         if self.leaf == "bias" and offset is not None:
             value = value - offset
         return (value + self.unit) / factor - self.unit
+
+    def _entries(self, vector: Tensor, none: float) -> Tensor:
+        """A vector's entry of each row or column."""
+        if self.whole and len(vector) == len(self.index):  # the gradient of a choice is dear
+            return vector
+        return torch.cat([vector, vector.new_full((1,), none)])[self.index.to(vector.device)]
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Does each row or column have the entry of its own number?"""
+        return torch.equal(self.index.cpu(), torch.arange(len(self.index)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

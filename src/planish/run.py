@@ -76,8 +76,6 @@ class Run:
                 f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume "
                 "(planish: end_to_end=false), then planish finetune with --resume"
             )
-        if self.journal is not None and any(how.turned for s in self.schemes.values() if (how := s.activations)):
-            raise PlanishError("--resume can't go on with inputs that are turned by choice; drop the h of the scheme")
         if not self.recipe.needs_data:
             return
         if self.tokenizer is None and not isinstance(self.data, Tensor):
@@ -152,6 +150,8 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         facts = _Facts(**(self.journal.facts if self.journal else {}))
         first = self.journal.blocks if self.journal else 0
+        turnable = [name for name, scheme in self.schemes.items() if scheme.turned]
+        self.schemes |= {name: self.schemes[name].unturned() for name in facts.unturned}
         self._say_notes(first)
         stream = self._stream(first, facts) if self.ids is not None and first < self.arch.num_blocks else None
         (stage,) = self.recipe.blocks
@@ -176,6 +176,7 @@ class Run:
 
         def finished(blocks: int, outcome: Outcome | None) -> None:
             facts.seconds, facts.micro_batch = before + clock.seconds, job.micro_batch
+            facts.unturned = [name for name in turnable if not self.schemes[name].turned]
             if outcome is not None:
                 facts.losses.append([outcome.before, outcome.after])
                 facts.notes.extend(outcome.notes)
@@ -239,7 +240,7 @@ class _Facts:
     """What finished spans leave to a run that goes on behind them, in the journal's JSON.
 
     `micro_batch` is the one that fitted the GPU's memory, which another day might give another one;
-    `generation` says which files hold the streams.
+    `generation` says which files hold the streams, `unturned` which linears' inputs aren't turned though it was asked for.
     """
 
     seconds: float = 0.0
@@ -249,6 +250,7 @@ class _Facts:
     errors: dict[str, float] = field(default_factory=dict)
     routed: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unturned: list[str] = field(default_factory=list)
 
 
 def compute_device(device: str | torch.device | None) -> torch.device:

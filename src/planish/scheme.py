@@ -14,6 +14,7 @@ A scheme is written as the field writes it:
 This file knows nothing of models or methods.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,16 @@ class Scheme:
     def __str__(self) -> str:
         group = "pc" if self.group_size is None else f"g{self.group_size}"
         return f"w{self.bits}{group}{self.activations or ''}{'' if self.symmetric else 'asym'}"
+
+    @property
+    def turned(self) -> bool:
+        """Are its inputs to be turned?"""
+        return self.activations is not None and self.activations.turned
+
+    def unturned(self) -> "Scheme":
+        """The same with its inputs left as they come."""
+        how = self.activations
+        return self if how is None else dataclasses.replace(self, activations=dataclasses.replace(how, turned=False))
 
     def group_in(self, in_features: int) -> int:
         """Group size for a row of in_features inputs (the row itself if group_size is None)."""

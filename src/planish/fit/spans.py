@@ -247,12 +247,10 @@ def _smooth(
     job: Job, span: Mapping[int, nn.Module], edges: Mapping[int, Sequence[Edge]], seen: Seen, turned: Collection[str]
 ) -> list[Smoothed]:
     """Every block's parameters seen moved, but for what takes turned inputs, whose channels are mixed."""
-    smooth, smoothed = job.stage.smooth, []
-    for index in edges if smooth else ():
-        name = job.blocks.names[index]
-        chosen = [edge for edge in edges[index] if not any(f"{name}.{taker}" in turned for taker in edge.takes)]
-        smoothed.append(smooth.attach(name, span[index], chosen, seen.extremes))  # type: ignore[union-attr]
-    return smoothed
+    smooth, names = job.stage.smooth, job.blocks.names
+    if smooth is None:
+        return []
+    return [smooth.attach(names[i], span[i], found, seen.extremes, leave=turned) for i, found in edges.items()]
 
 
 def _trained(smoothed: Sequence[Smoothed]) -> list[Tensor]:

@@ -5,7 +5,6 @@ Q(x) Q(W)^T and Q(x H) Q(W H)^T, and keeps the better (as RoSTE chooses, arXiv 2
 of x and W alone). Turning everything alike can harm: a layer without outliers gains none.
 """
 
-import dataclasses
 from collections.abc import Mapping, MutableMapping
 
 import torch
@@ -44,8 +43,7 @@ class Inputs:
 
 def asked(schemes: Mapping[str, Scheme], linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
     """The linears whose schemes ask for turned inputs."""
-    wanted = {name for name in linears if (how := schemes[name].activations) is not None and how.turned}
-    return {name: linears[name] for name in linears if name in wanted}
+    return {name: linears[name] for name in linears if schemes[name].turned}
 
 
 @torch.no_grad()
@@ -55,8 +53,7 @@ def choose(
     """Turn the weights of linears that lose less so, in place; the others' schemes no longer ask for it."""
     for name, linear in linears.items():
         scheme, x = schemes[name], inputs.get(name)
-        assert scheme.activations is not None
-        plain = dataclasses.replace(scheme, activations=dataclasses.replace(scheme.activations, turned=False))
+        plain = scheme.unturned()
         turned = turn(linear.weight)
         if x is None or _lost(x, linear.weight, turned, scheme) < _lost(x, linear.weight, linear.weight, plain):
             linear.weight.data = turned

@@ -75,6 +75,8 @@ class RotatedSource(Source):
     def __init__(self, base: Source, how: Rotate) -> None:
         self.base, self.how = base, how
         model = base.skeleton()
+        # as stored: a block that was loaded once has the dtype that it was computed in
+        self.dtypes = {name: part.dtype for name, part in (*model.named_parameters(), *model.named_buffers())}
         self.arch = discover(model)
         hidden = model.config.get_text_config().hidden_size
         self.signs = 1.0 - 2 * torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(how.seed))
@@ -103,13 +105,7 @@ class RotatedSource(Source):
         return self.base.tokenizer()
 
     def tensors(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        return {name: tensor.to(self._stored(name)) for name, tensor in super().tensors(names, device).items()}
-
-    def _stored(self, name: str) -> torch.dtype:
-        try:
-            return self._model.get_parameter(name).dtype
-        except AttributeError:  # a buffer is what it is
-            return self._model.get_buffer(name).dtype
+        return {name: tensor.to(self.dtypes[name]) for name, tensor in super().tensors(names, device).items()}
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         head = f"{self.arch.head}.weight"
@@ -152,6 +148,7 @@ class RotatedSource(Source):
         if model.get_parameter(f"{head}.weight") is not model.get_parameter(first):
             return False
         put(model, f"{head}.weight", on_meta(model.get_parameter(first)))
+        self.dtypes[f"{head}.weight"] = self.dtypes[first]
         return True
 
     def _check(self) -> None:

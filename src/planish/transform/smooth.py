@@ -77,12 +77,15 @@ class Smooth:
         if not 0 <= self.alpha <= 1:
             raise PlanishError(f"alpha={self.alpha} isn't a share; 0.5 is usual, 0.75 where activations are hard")
 
-    def attach(self, name: str, block: nn.Module, edges: Sequence[Edge], extremes: Extremes) -> "Smoothed":
+    def attach(
+        self, name: str, block: nn.Module, edges: Sequence[Edge], extremes: Extremes, leave: Collection[str] = ()
+    ) -> "Smoothed":
         """See the block's parameters moved, at first by the start of s and d.
 
         Args:
             name: of the block, full.
             extremes: by full name of each linear.
+            leave: full names of linears whose channels are mixed: what feeds them isn't moved.
 
         Raises:
             PlanishError: if none of the edges that are wanted is there, and strict.
@@ -95,6 +98,8 @@ class Smooth:
             )
         smoothed = Smoothed(name, block)
         for edge in chosen:
+            if any(f"{name}.{taker}" in leave for taker in edge.takes):
+                continue
             smoothed.add(edge, *self._start(name, block, edge, extremes))
         return smoothed
 
