@@ -10,7 +10,17 @@ import itertools
 import pytest
 import torch
 from emulation import builder, some_nvrtc
-from test_cuda_gemv import ROUNDING, activations, assert_replays, each_bits, each_grid, make, needs_gpu
+from test_cuda_gemv import (
+    ROUNDING,
+    activations,
+    assert_replays,
+    each_bits,
+    each_grid,
+    each_on_gpu,
+    make,
+    make_on_gpu,
+    needs_gpu,
+)
 
 from planish.kernels import cuda_dequantize, cuda_gemm, cuda_records, nvrtc, reference
 from planish.kernels.cuda_gemm import Settings, packed_gemm
@@ -190,46 +200,39 @@ def test_the_kernels_compile(bits, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
-@each_bits
-@each_grid
-@each_dtype
-def test_dequantize_on_a_gpu(bits, symmetric, dtype):
-    for shape, group in itertools.product([(70, 1104), (512, 4096), (21, 201)], (32, 64, 128, None)):
-        q, weight = make(shape, bits, group, symmetric)
-        layout = layout_of(weight)
-        y = cuda_dequantize.dequantize(write_records(weight, layout).cuda(), layout, dtype)
-        assert torch.equal(y.cpu(), q.dequantize(dtype))
+@each_on_gpu
+def test_dequantize_on_a_gpu(bits, group, symmetric):
+    for shape, dtype in [((70, 1104), DTYPES[0]), ((512, 4096), DTYPES[1]), ((21, 201), DTYPES[0])]:
+        q, records = make_on_gpu(shape, bits, group, symmetric)
+        assert torch.equal(cuda_dequantize.dequantize(records.tiles, records.layout, dtype), q.dequantize(dtype))
 
 
 @pytest.mark.gpu
 @needs_hopper
-@each_bits
-@each_grid
-@each_dtype
-def test_the_kernel_on_a_gpu(bits, symmetric, dtype):
-    shapes = [(300, 1104), (520, 4096), (136, 264)]
-    for shape, group, rows in itertools.product(shapes, (32, 64, 128, None), (17, 130, 300)):
-        q, weight = make(shape, bits, group, symmetric)
-        layout = layout_of(weight)
-        records = write_records(weight, layout).cuda()
-        x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0]).to(dtype).cuda()
+@each_on_gpu
+def test_the_kernel_on_a_gpu(bits, group, symmetric):
+    # settings, and so the kernels that are compiled, follow from shape and rows
+    for shape, rows, dtype in [
+        ((300, 1104), 17, DTYPES[0]), ((520, 4096), 130, DTYPES[1]), ((136, 264), 300, DTYPES[0])
+    ]:  # fmt: skip
+        q, records = make_on_gpu(shape, bits, group, symmetric)
+        x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0], device="cuda").to(dtype)
         torch.full((4 * rows, shape[0]), float("nan"), device="cuda")  # what the allocator gives next
-        y = packed_gemm(x, records, bias, *layout)
+        y = packed_gemm(x, records.tiles, bias, *records.layout)
         assert_near(y, x, q, bias)
-        assert all(torch.equal(packed_gemm(x, records, bias, *layout), y) for _ in range(3))
+        assert all(torch.equal(packed_gemm(x, records.tiles, bias, *records.layout), y) for _ in range(3))
 
 
 @pytest.mark.gpu
 @needs_hopper
 def test_a_chain_of_layers_in_a_cuda_graph():
-    layers = [make((1024, 1024), bits, 64, False, seed)[1] for seed, bits in enumerate((2, 3, 4, 8) * 2)]
-    records = [write_records(weight, layout_of(weight)).cuda() for weight in layers]
+    layers = [make_on_gpu((1024, 1024), bits, 64, False)[1] for bits in (2, 3, 4, 8) * 2]
     x = activations(100, 1024, torch.bfloat16).cuda()
 
     def chain():
         y = x
-        for weight, record in zip(layers, records, strict=True):
-            y = packed_gemm(y, record, None, *layout_of(weight))
+        for records in layers:
+            y = packed_gemm(y, records.tiles, None, *records.layout)
             y = y / y.float().norm().to(y.dtype)
         return y
 

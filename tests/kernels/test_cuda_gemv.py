@@ -17,6 +17,8 @@ from planish.kernels import cuda_gemv, gemv_layout, nvrtc, reference
 from planish.kernels.cuda_gemv import Card, Settings
 from planish.kernels.gemv_layout import STEP, TILE, Layout, layout_of, read_records, write_records
 from planish.kernels.pack import Packed
+from planish.kernels.records import Records
+from planish.qtensor import QTensor
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 each_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -49,7 +51,7 @@ def activations(rows, width, dtype):
 
 
 def assert_near(y, x, q, bias, summed=2**-16):
-    weight = q.dequantize().double().to(x.device)
+    weight = q.dequantize().to(x.device).double()
     expected, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias is not None:
         expected, size = expected + bias, size + bias.abs()
@@ -236,36 +238,53 @@ def test_what_the_driver_is_given_has_its_shape():
     assert ctypes.sizeof(nvrtc._Launch) == 56 and nvrtc._Launch.stream.offset == 32
 
 
+# bits, group, symmetric: each bit width with every group, and both grids; a kernel is compiled for each
+ON_GPU_CASES = [
+    (2, 32, True), (2, 64, False), (2, 128, False), (2, None, True),
+    (3, 32, False), (3, 64, True), (3, 128, False), (3, None, True),
+    (4, 32, False), (4, 64, True), (4, 128, True), (4, 128, False), (4, None, False),
+    (8, 32, True), (8, 64, False), (8, 128, True), (8, None, False),
+]  # fmt: skip
+each_on_gpu = pytest.mark.parametrize("bits, group, symmetric", ON_GPU_CASES, ids=str)
+
+
+def make_on_gpu(shape, bits, group, symmetric):
+    """(QTensor, its records), both made there: a matrix of a real model's size takes a CPU seconds."""
+    torch.manual_seed(0)
+    grid = shape[0], -(-shape[1] // (group or shape[1]))
+    codes, zero = (torch.randint(2**bits, size, dtype=torch.uint8, device="cuda") for size in (shape, grid))
+    scale = (torch.rand(grid, device="cuda") + 0.5) * (1 - 2 * torch.randint(2, grid, device="cuda")) / 2**bits
+    q = QTensor(codes=codes, scale=scale.half(), zero=None if symmetric else zero, bits=bits,
+                group_size=group or shape[1])  # fmt: skip
+    return q, Records.of(q)
+
+
 @pytest.mark.gpu
 @needs_gpu
-@each_bits
-@each_grid
-@pytest.mark.parametrize("group", [32, 64, 128, None])
+@each_on_gpu
 def test_on_a_gpu(bits, group, symmetric):
-    for shape, rows in itertools.product([(70, 1100), (512, 4096), (4096, 14336), (21, 201)], (1, 5, 8, 16)):
-        q, weight = make(shape, bits, group, symmetric)
-        layout = layout_of(weight)
-        records = write_records(weight, layout).cuda()
-        for dtype in cuda_gemv.DTYPES:
-            x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0]).to(dtype).cuda()
+    for shape in [(70, 1100), (4096, 14336), (21, 201)]:
+        q, records = make_on_gpu(shape, bits, group, symmetric)
+        # every count of columns in one dtype, one of them in the other
+        for rows, dtype in [(1, torch.bfloat16), (5, torch.bfloat16), (16, torch.bfloat16), (8, torch.float16)]:
+            x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0], device="cuda").to(dtype)
             torch.full((4 * rows, shape[0]), float("nan"), device="cuda")  # what the allocator gives next
-            y = cuda_gemv.multiply(x, records, bias, layout)
+            y = cuda_gemv.multiply(x, records.tiles, bias, records.layout)
             assert_near(y, x, q, bias, ON_GPU)
-            assert all(torch.equal(cuda_gemv.multiply(x, records, bias, layout), y) for _ in range(3))
+            assert all(torch.equal(cuda_gemv.multiply(x, records.tiles, bias, records.layout), y) for _ in range(3))
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_a_chain_of_layers_overlaps_rightly_in_a_cuda_graph():
-    layers = [make((2048, 2048), bits, 64, False, seed)[1] for seed, bits in enumerate((2, 3, 4, 8) * 4)]
-    records = [write_records(weight, layout_of(weight)).cuda() for weight in layers]
+    layers = [make_on_gpu((2048, 2048), bits, 64, False)[1] for bits in (2, 3, 4, 8) * 4]
     x = activations(1, 2048, torch.bfloat16).cuda()
 
     def chain():
         y = x
-        for weight, record in zip(layers, records, strict=True):
-            y = cuda_gemv.multiply(y, record, None, layout_of(weight))
-            y = y / y.float().norm().to(y.dtype) if weight.bits == 8 else y
+        for records in layers:
+            y = cuda_gemv.multiply(y, records.tiles, None, records.layout)
+            y = y / y.float().norm().to(y.dtype) if records.layout.bits == 8 else y
         return y
 
     assert_replays(chain)
