@@ -240,7 +240,8 @@ class _Facts:
     """What finished spans leave to a run that goes on behind them, in the journal's JSON.
 
     `micro_batch` is the one that fitted the GPU's memory, which another day might give another one;
-    `generation` says which files hold the streams, `unturned` which linears' inputs aren't turned though it was asked for.
+    `generation` says which files hold the streams, `unturned` which linears' inputs aren't turned though it was asked
+    for.
     """
 
     seconds: float = 0.0

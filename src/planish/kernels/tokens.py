@@ -5,8 +5,8 @@
 
 Rounding by ordinary operations takes some 40 passes over x, forward and backward; these read it twice and three
 times, from the cache as a rule, and write once. The ops' eager definitions are the slow twins: the forward equals
-them bit for bit, gradients are the same terms summed in another, fixed order. A program takes some rows and walks them in
-chunks. Needs triton: `planish.kernels` imports it where there is one.
+them bit for bit, gradients are the same terms summed in another, fixed order. A program takes some rows and walks them
+in chunks. Needs triton: `planish.kernels` imports it where there is one.
 """
 
 import torch
