@@ -1,8 +1,8 @@
 """Captured: a loss and its gradients, replayed as a CUDA graph, for models that are bound by launches.
 
 A small model trained on packed weights waits for the launches of some ten thousand kernels a pass, not for their
-arithmetic. After WARM_UP ordinary passes a whole one, forward and backward, is captured on fixed buffers; autograd
-sees it as one function of the parameters. Both do the same arithmetic in the same order. What can't be captured goes
+arithmetic. After WARM_UP ordinary passes a whole one, forward and backward, is captured on fixed buffers; to
+autograd it is one function. Both do the same arithmetic in the same order. What can't be captured goes
 on as before. Knows nothing of quantizers, optimizers or trainers.
 """
 
@@ -22,7 +22,7 @@ Loss = Callable[..., Tensor]
 
 
 class Captured:
-    """Calls `loss(**batch)`, with gradients for the parameters.
+    """Calls `loss(**batch)`; backward() of what it gives adds to the parameters' gradients.
 
     Args:
         loss: a scalar of a batch of tensors; it launches the same work for every batch of the same shapes.
@@ -37,6 +37,9 @@ class Captured:
         standing: Callable[[dict[str, Tensor]], AbstractContextManager[None]],
     ) -> None:
         self.loss, self.parameters, self.standing = loss, list(parameters), standing
+        # what autograd sees: with the parameters themselves it would know them from two streams, and spoil the capture
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.side: torch.cuda.Stream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: dict[str, Tensor] = {}
         self.result: tuple[Tensor, tuple[Tensor, ...]] | None = None
@@ -45,18 +48,18 @@ class Captured:
     def __call__(self, **batch: Tensor) -> Tensor:
         if self.fails or (self.batch and _shapes(batch) != _shapes(self.batch)):
             return self.loss(**batch)
-        total: Tensor = _Replayed.apply(self, batch, *self.parameters)
+        total: Tensor = _Replayed.apply(self, batch, self.anchor)
         return total
 
-    def pass_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def pass_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss of a batch and its gradients, which the next call may overwrite."""
         self.calls += 1
-        if self.calls <= WARM_UP or self.fails:
+        if self.calls <= WARM_UP:
             return self._aside(batch)
         if self.graph is None:
             self._capture(batch)
-            if self.graph is None:
-                return self._once(batch)
+        if self.graph is None:
+            return self._once(batch)
         for name, value in batch.items():
             self.batch[name].copy_(value, non_blocking=True)
         self.graph.replay()
@@ -70,17 +73,17 @@ class Captured:
 
     def _aside(self, batch: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         # a capture must not meet work of its own first allocations: warm up where it will be captured
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.side = self.side or torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             result = self._once(batch)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         return result
 
     def _capture(self, batch: dict[str, Tensor]) -> None:
         held = {name: value.clone() for name, value in batch.items()}
         try:
-            with self.standing(held), torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            with self.standing(held), torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=self.side):
                 self.result = self._once(held)
         except torch.OutOfMemoryError:
             raise
@@ -91,16 +94,19 @@ class Captured:
 
 
 class _Replayed(torch.autograd.Function):
-    """A pass as a function of the parameters: its gradients are there as soon as its loss is."""
+    """A pass whose gradients are there as soon as its loss is."""
 
     @staticmethod
-    def forward(ctx: Any, captured: Captured, batch: dict[str, Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, captured: Captured, batch: dict[str, Tensor], anchor: Tensor) -> Tensor:
         total, ctx.gradients = captured.pass_of(batch)
+        ctx.parameters = captured.parameters
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *torch._foreach_mul(ctx.gradients, factor.float())
+        for parameter, gradient in zip(ctx.parameters, torch._foreach_mul(ctx.gradients, factor), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return None, None, None
 
 
 def _shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:

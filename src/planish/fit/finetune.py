@@ -131,6 +131,7 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
         save_only_model=True,
         logging_strategy="no" if setting.track == "none" else "steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step; the watch sees what isn't finite
         report_to=setting.track,
         disable_tqdm=True,
         remove_unused_columns=False,
