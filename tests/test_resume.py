@@ -234,7 +234,8 @@ def test_the_default_recipe_killed_at_random_moments(
 ) -> None:
     (tmp_path / "text.txt").write_text("A smith planishes the sheet. " * 9)
     how = {"model": str(tiny_llama(num_hidden_layers=LAYERS)), "scheme": "w2g32asym", **QUICK, **PLANISH}
-    how |= {"data": f"{tmp_path / 'text.txt'},self", "e2e_epochs": 34}
+    (tmp_path / "watched.txt").write_text("0123456789 " * 9)
+    how |= {"data": f"{tmp_path / 'text.txt'},self", "watch": str(tmp_path / "watched.txt"), "e2e_epochs": 34}
     nursery(out=str(tmp_path / "plain"), **how)
     whole = nursery(out=str(tmp_path / "whole"), resume=True, **how)
     assert digests(tmp_path / "whole") == digests(tmp_path / "plain")
