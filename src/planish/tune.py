@@ -324,6 +324,7 @@ def _checkpoints(run: Run) -> Iterator[Path]:
         return
     folder = run.journal.folder / CHECKPOINTS
     folder.mkdir(exist_ok=True)
+    run.journal.streams.mkdir(parents=True, exist_ok=True)  # the teacher's may wait there
     with run.journal.reporting():
         yield folder
 
