@@ -147,6 +147,8 @@ def test_refusals_of_folders(planish, tiny_llama, tmp_path):
         (("quantize", tiny_llama()), "where to? give a new folder with --out DIR"),
         (("info", full), "config.json"),
         (("eval", tmp_path / "nowhere"), "nowhere"),
+        (("eval", full, "--protocol", "gtpq"), "no protocol 'gtpq': there is gptq; without one no BOS is added"),
+        (("eval", full, "--protocol", "gptq", "--limit", "2"), "measures the whole text; drop --limit"),
         (("generate", tmp_path / "nowhere", "hello"), "nowhere"),
     ]:
         refused = planish(*words)

@@ -274,3 +274,12 @@ def test_every_format_that_is_written_can_be_sized(tiny_llama: Tiny) -> None:
         except PlanishError:  # read only
             continue
         assert disk_of(resolved).total > 0, name
+
+
+def test_a_mix_is_counted_and_own_text_is_not_written(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.run.own_windows", lambda *_, **__: pytest.fail("the model wrote"))
+    resolved = resolve(tiny_llama(), "signround", "w2g32", samples=10, seqlen=32)
+    found = forecast(resolved, data="embedded,self", device="cpu", probe=False)
+    assert "what the model takes to write its own text isn't counted" in found.notes
+    assert found.needs.streams is not None
+    assert found.needs.streams.bytes_each == 10 * 32 * 64 * 4, "10 windows of hidden states in fp32"

@@ -114,6 +114,62 @@ def test_stopped_within_a_span_it_does_that_span_again(
     assert seeds == [0, 1, 2, 2, 3, 3, 4] and digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
+PLANISH: dict[str, Any] = {
+    "recipe": "planish", "steps": 3, "span": 2, "batch_size": 4, "norm_rate": 1e-3, "e2e_epochs": 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{}, {"format": "auto_round", "scheme": "w2g32"}, {"e2e_zero_rate": 1e-2}])
+def test_a_whole_model_stage_goes_on_from_its_last_checkpoint(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """Stopped behind a span, at step 5 and at step 18 of 20, and when all is trained and half is written."""
+    monkeypatch.setattr("planish.tune.SAVE_EVERY", 4)
+    model, out, asked = tiny_llama(num_hidden_layers=LAYERS), tmp_path / "out", {**PLANISH, **how}
+    plain = run(model, tmp_path / "plain", **asked, resume=False)
+    reached: list[int] = []
+
+    def stop_at(stage: str, index: int) -> Callable[[Event], None]:
+        def progress(event: Event) -> None:
+            if event.stage == "end_to_end":
+                reached.append(event.index)
+            if event.stage == stage and event.index >= index:
+                raise Stop
+
+        return progress
+
+    for stage, index in (("planish", 2), ("end_to_end", 5), ("end_to_end", 18)):
+        with pytest.raises(Stop):
+            run(model, out, **asked, progress=stop_at(stage, index))
+        assert not out.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("planish.folder.verify_folder", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            run(model, out, **asked)
+    manifest = run(model, out, **asked, progress=stop_at("", 0))
+    # each process begins behind the checkpoint that the one before left
+    assert [index for index in reached if index % 2 == 0][:3] == [2, 4, 6] and reached.count(2) == 1
+    assert digests(out) == digests(tmp_path / "plain") and left(tmp_path) == ["out", "plain", "tiny"]
+    assert manifest.figures["losses"] == plain.figures["losses"]
+    assert manifest.figures["end_to_end"] == plain.figures["end_to_end"]
+
+
+def test_checkpoints_of_a_whole_model_stage_need_room(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("planish.tune.SAVE_EVERY", 4)
+        patched.setattr("planish.fit.watch.save_file", full)
+        with pytest.raises(PlanishError, match=r"in .*\.out\.run: No space left on device; make room and run the same"):
+            run(tiny_llama(), tmp_path / "out", **PLANISH)
+    run(tmp_path / "tiny", tmp_path / "out", **PLANISH)
+    run(tmp_path / "tiny", tmp_path / "plain", **PLANISH, resume=False)
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+
+
 # ---- real kills
 
 NURSERY = """
@@ -167,10 +223,32 @@ def test_killed_at_random_moments_it_writes_the_same_bytes(
     how |= {"data": str(tmp_path / "text.txt"), **QUICK, **SIGNROUND, "steps": 20}
     nursery(out=str(tmp_path / "plain"), **how)  # the first child also reads what the others find cached
     whole = nursery(out=str(tmp_path / "whole"), resume=True, **how)
-    wanted, out, state = digests(tmp_path / "plain"), tmp_path / "out", tmp_path / ".out.run" / "state.json"
+    wanted = digests(tmp_path / "plain")
     assert digests(tmp_path / "whole") == wanted
+    killed_at_random_moments(nursery, tmp_path, wanted, how, whole, times=20)
+    assert left(tmp_path) == ["out", "plain", "text.txt", "tiny", "whole"]
+
+
+def test_the_default_recipe_killed_at_random_moments(
+    tiny_llama: Tiny, tmp_path: Path, nursery: Callable[..., float]
+) -> None:
+    (tmp_path / "text.txt").write_text("A smith planishes the sheet. " * 9)
+    how = {"model": str(tiny_llama(num_hidden_layers=LAYERS)), "scheme": "w2g32asym", **QUICK, **PLANISH}
+    (tmp_path / "watched.txt").write_text("0123456789 " * 9)
+    how |= {"data": f"{tmp_path / 'text.txt'},self", "watch": str(tmp_path / "watched.txt"), "e2e_epochs": 34}
+    nursery(out=str(tmp_path / "plain"), **how)
+    whole = nursery(out=str(tmp_path / "whole"), resume=True, **how)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "plain")
+    killed_at_random_moments(nursery, tmp_path, digests(tmp_path / "plain"), how, whole, times=4)
+
+
+def killed_at_random_moments(
+    nursery: Callable[..., float], folder: Path, wanted: dict[str, str], how: dict[str, Any], whole: float, times: int
+) -> None:
+    """A run that takes `whole` seconds, killed and gone on with so many times, writes what is wanted."""
+    out, state = folder / "out", folder / ".out.run" / "state.json"
     moments, gone_on = random.Random(0), 0
-    for _ in range(20):
+    for _ in range(times):
         nursery(out=str(out), resume=True, kill_after=moments.uniform(0.1, 0.9) * whole, **how)
         gone_on += state.is_file()
         if out.exists() and not state.is_file():  # done before the kill came
@@ -179,7 +257,6 @@ def test_killed_at_random_moments_it_writes_the_same_bytes(
     if not out.exists() or state.is_file():
         nursery(out=str(out), resume=True, **how)
     assert digests(out) == wanted and gone_on > 0
-    assert left(tmp_path) == ["out", "plain", "text.txt", "tiny", "whole"]
 
 
 # ---- the last moments

@@ -41,6 +41,7 @@ from planish.journal import Journal
 from planish.kernels.linear import packed_layers
 from planish.kernels.siblings import settle
 from planish.log import Progress, RunManifest
+from planish.mix import Data
 from planish.naming import disk_speller
 from planish.qtensor import QTensor
 from planish.request import ModelLike, Resolved, make_run, manifest_of, resolve, stream_folder, with_batch
@@ -57,7 +58,8 @@ def quantize(
     recipe: str = "planish",
     scheme: str = "w4g128",
     *,
-    data: str | Path | Tensor = "embedded",
+    data: Data = "embedded",
+    watch: Data | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -73,7 +75,9 @@ def quantize(
         model: Hugging Face folder, hub id, .gguf file, or a model in memory (which is left as it is).
         recipe: name in `planish.recipes.RECIPES`, or './mine.py:mine'.
         scheme: such as 'w4g128', 'w2g64asym', 'w4pc'.
-        data: calibration text, see `planish.data`, or token ids int64 [samples, seqlen].
+        data: calibration text or a mix of several, see `planish.mix`, or token ids int64 [samples, seqlen].
+        watch: the source of the windows held out, by which the state kept is chosen; of a mix the embedded text, else
+            the data itself, if not given.
         device: where blocks are fitted; the GPU if there is one.
         batch_size: samples a step, the recipe's own if not given; where memory is too short for it, a step goes
             through it in parts.
@@ -89,8 +93,9 @@ def quantize(
     """
     resolved = resolve(model, recipe, scheme, **with_batch(recipe, batch_size, request))
     run = make_run(
-        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir)
-    )
+        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir),
+        watch=watch,
+    )  # fmt: skip
     return attach(settle(quantize_tables(quantize_in_memory(run)[0], resolved.tables)))
 
 
@@ -100,7 +105,8 @@ def quantize_to(
     recipe: str = "planish",
     scheme: str = "w4g128",
     *,
-    data: str | Path | Tensor = "embedded",
+    data: Data = "embedded",
+    watch: Data | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -133,23 +139,23 @@ def quantize_to(
     writer = CheckpointWriter(out, overwrite=overwrite or finished, inside=journal.folder if journal else None)
     resolved = resolve(model, recipe, scheme, **with_batch(recipe, batch_size, request))
     where = stream_folder(stream_dir) or writer.out.parent
-    run = make_run(
-        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=where, journal=journal
-    )
     if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
         raise PlanishError(f"{out} is the model itself; write to another folder")
-    if resolved.recipe.whole is not None:
-        return _write_tuned(resolved, run, writer, announce)
+    run = make_run(
+        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=where, journal=journal,
+        watch=watch,
+    )  # fmt: skip
+    write = _write if resolved.recipe.whole is None else _write_tuned
     if journal is None:
         if (left := Journal(out).folder).is_dir():
             run.notes.append(f"{left} holds an unfinished run: go on with --resume, or delete it")
-        return _write(resolved, run, writer, announce)
+        return write(resolved, run, writer, announce)
     wanted = run.identity(manifest_of(resolved, run, {}), recipe)
     with journal:
         journal.begin(wanted)
         if finished and (done := RunManifest.read(writer.out)):
             return done
-        return _write(resolved, run, writer, announce)
+        return write(resolved, run, writer, announce)
 
 
 def _write_tuned(
@@ -162,7 +168,13 @@ def _write_tuned(
     quantize_tables(model, resolved.tables)
     manifest = manifest_of(resolved, run, figures)
     extra = papers(manifest)
-    finish = _add_gguf if resolved.gguf else None
+
+    def finish(folder: Path) -> None:
+        if resolved.gguf:
+            _add_gguf(folder)
+        if run.journal:
+            run.journal.publish()
+
     write_model(
         model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra, finish=finish
     )

@@ -23,6 +23,7 @@ from planish import data as texts
 from planish.errors import PlanishError
 from planish.fit.reconstruct import Samples
 from planish.fit.spans import Stage
+from planish.mix import Data, Text, blend, is_own, needs_tokenizer
 from planish.needs import Case, Needs, disk_of, needs_of, private_memory
 from planish.plan import Room, duration, gigabytes, measure_room
 from planish.plan import gpu_memory as memory_of_gpu
@@ -121,7 +122,7 @@ class Forecast:
 def forecast(
     resolved: Resolved,
     *,
-    data: str | Path | Tensor = "embedded",
+    data: Data = "embedded",
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -203,15 +204,25 @@ def _remarks(resolved: Resolved, probe: bool, absent: bool, pace: Pace | None) -
 
 
 def _windows(
-    resolved: Resolved, data: str | Path | Tensor, tokenizer: Any, seed: int
+    resolved: Resolved, data: Data, tokenizer: Any, seed: int
 ) -> tuple[Tensor | None, list[str]]:
     """The samples that there are, and a note if they are fewer than asked for."""
     if not resolved.recipe.needs_data:
         return None, []
-    if tokenizer is None and not isinstance(data, Tensor):
+    if tokenizer is None and needs_tokenizer(data):
         raise PlanishError(f"{resolved.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
-    ids, note = texts.windows(tokenizer, data, resolved.samples, resolved.seqlen, seed)
-    return ids, [note] if note else []
+    notes = []
+
+    def cut(source: Text, count: int) -> tuple[tuple[Tensor], str]:
+        if is_own(source):
+            notes.append("what the model takes to write its own text isn't counted")
+            size, vocabulary = (count, resolved.seqlen), resolved.source.config.get_text_config().vocab_size
+            return (torch.randint(0, vocabulary, size, generator=torch.Generator().manual_seed(seed)),), ""
+        ids, note = texts.windows(tokenizer, source, count, resolved.seqlen, seed)
+        return (ids,), note
+
+    found = blend(data, cut, resolved.samples, seed=seed)
+    return found.tensors[0], [*found.notes, *notes]
 
 
 def _room(device: torch.device, folder: Path, limit: int | None) -> Room:

@@ -70,7 +70,7 @@ class Journal:
         return bool(state.get("published")) and self.out.is_dir() and not (self.folder / "partial").exists()
 
     def __enter__(self) -> "Journal":
-        with self._reporting():
+        with self.reporting():
             self._lock = self._locked()
         return self
 
@@ -114,7 +114,7 @@ class Journal:
         Args:
             facts: JSON that a run going on from here wants to know.
         """
-        with self._reporting():
+        with self.reporting():
             if self._pending:
                 file = self.folder / f"blocks-{self.blocks:05d}"
                 save_file(self._pending, file)
@@ -125,13 +125,13 @@ class Journal:
 
     def publish(self) -> None:
         """Make it known that the checkpoint is whole and about to get its name."""
-        with self._reporting():
+        with self.reporting():
             self._write(published=True)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all finished blocks, in the order in which they came."""
         for file, names in self._files.items():
-            with self._reporting(), safe_open(self.folder / file, "pt") as handle:
+            with self.reporting(), safe_open(self.folder / file, "pt") as handle:
                 for name in names:
                     yield name, handle.get_tensor(name)
 
@@ -148,7 +148,7 @@ class Journal:
 
     def _clear(self) -> None:
         """Remove what was left by a run that hadn't finished anything."""
-        with self._reporting():
+        with self.reporting():
             shutil.rmtree(self.streams, ignore_errors=True)
             for entry in self.folder.iterdir():
                 if entry.is_dir():
@@ -177,7 +177,8 @@ class Journal:
                 os.close(handle)
 
     @contextmanager
-    def _reporting(self) -> Iterator[None]:
+    def reporting(self) -> Iterator[None]:
+        """Disk errors within it are said in one line."""
         try:
             yield
         except (OSError, SafetensorError) as error:

@@ -52,7 +52,8 @@ Progress = Callable[[Event], None]
 class RunManifest:
     """run.json: everything that decides the result, and the figures of the run.
 
-    `figures` holds timings and losses; two runs with equal manifests apart from it wrote equal weights.
+    `watched` is the source that the state kept is the best on, if it isn't among `data`. `figures` holds timings
+    and losses; two runs with equal manifests apart from it wrote equal weights.
     """
 
     model: str
@@ -66,6 +67,7 @@ class RunManifest:
     samples: int
     seqlen: int
     seed: int
+    watched: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from planish.arch import Arch, discover, linears
@@ -24,6 +23,7 @@ from planish.formats.format import Format
 from planish.gguf_file import check as check_gguf
 from planish.journal import Journal
 from planish.log import Progress, RunManifest, versions
+from planish.mix import Data
 from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
 from planish.scheme import Scheme, SchemeMap, bits_per_weight
@@ -217,7 +217,7 @@ def with_batch(recipe: str, batch_size: int | None, request: dict[str, Any]) -> 
 
 def make_run(
     resolved: Resolved,
-    data: str | Path | Tensor,
+    data: Data,
     device: str | torch.device | None,
     batch_size: int | None,
     seed: int,
@@ -227,6 +227,7 @@ def make_run(
     *,
     stream_dir: Path | None,
     journal: Journal | None = None,
+    watch: Data | None = None,
 ) -> Run:
     """The run of a request; arguments as of `api.quantize`.
 
@@ -249,6 +250,7 @@ def make_run(
         tokenizer=tokenizer or resolved.source.tokenizer(),
         stream_dir=stream_dir,
         journal=journal,
+        watch=watch,
     )
 
 
@@ -266,6 +268,7 @@ def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunMan
         samples=0 if run.ids is None else len(run.ids),
         seqlen=resolved.seqlen,
         seed=run.seed,
+        watched=run.watched,
         versions=versions(),
         figures={**figures, "bits_per_weight": round(resolved.bits_per_weight, 4)},
     )

@@ -22,6 +22,8 @@ from planish.fit.reconstruct import Outcome
 from planish.fit.spans import Job, Keep, Sink, run_stage, trial
 from planish.journal import Journal, fingerprint
 from planish.log import Clock, Event, Progress, RunManifest, peak_bytes
+from planish.mix import Data, Text, blend, is_own, name_of, needs_tokenizer
+from planish.own_text import own_windows
 from planish.plan import StreamPlan, measure_room, plan_streams
 from planish.recipes import Recipe
 from planish.scheme import Scheme
@@ -36,12 +38,14 @@ class Run:
     Args:
         micro_batch: samples in one forward or backward pass.
         seed: of the choice of windows and of the fit.
-        data: calibration text, or token ids int64 [n, seqlen].
+        data: calibration text, a mix of several, or token ids int64 [n, seqlen]; see `planish.mix`.
+        watch: what the windows held out are of, if not of the same.
         stream_dir: folder for streams that don't fit memory; that for temporary files if not given.
         journal: where the run is kept and found again; streams lie where it says.
 
     Attributes:
         plan: where the streams will live; None if the recipe needs no data.
+        watched: the source that is watched and not trained on, if there is one.
     """
 
     source: Source
@@ -53,12 +57,14 @@ class Run:
     seed: int
     storage: str
     progress: Progress | None
-    data: str | Path | Tensor
+    data: Data
     samples: int
     seqlen: int
     tokenizer: Any
     stream_dir: Path | None = None
     journal: Journal | None = None
+    watch: Data | None = None
+    watched: str = field(default="", init=False)
     ids: Tensor | None = field(default=None, init=False)
     plan: StreamPlan | None = field(default=None, init=False)
     notes: list[str] = field(default_factory=list, init=False)
@@ -71,19 +77,29 @@ class Run:
             raise PlanishError(
                 f"recipe {self.recipe.name!r} goes through the blocks more than once; one pass is supported"
             )
-        if self.recipe.whole is not None and self.journal is not None:
-            raise PlanishError(
-                f"--resume doesn't reach behind the blocks: run {self.recipe.name}'s first stage with --resume "
-                "(planish: end_to_end=false), then planish finetune with --resume"
-            )
         if not self.recipe.needs_data:
             return
-        if self.tokenizer is None and not isinstance(self.data, Tensor):
+        if self.tokenizer is None and needs_tokenizer(self.data, self.watch):
             raise PlanishError(f"{self.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
-        self.ids, note = texts.windows(self.tokenizer, self.data, self.samples, self.seqlen, self.seed)
-        self.notes += [note] if note else []
+        found = blend(
+            self.data, self._cut, self.samples, seed=self.seed, watch=self.watch, holdout=self.recipe.holdout
+        )
+        (self.ids,), self.watched = found.tensors, found.watched
+        self.notes += [*found.notes, *([f"the state kept is the best on {self.watched}"] if self.watched else [])]
         self.plan = self._plan(*self.ids.shape)
         self.notes.append(self.plan.summary())
+
+    def _cut(self, source: Text, count: int) -> tuple[tuple[Tensor], str]:
+        """Windows of one source of the mix."""
+        if is_own(source):
+            return (self.own_text(count),), ""
+        ids, note = texts.windows(self.tokenizer, source, count, self.seqlen, self.seed)
+        return (ids,), note
+
+    def own_text(self, count: int) -> Tensor:
+        """So many windows that the float model writes."""
+        about: Any = {"device": self.device, "dtype": self.dtype, "seed": self.seed, "progress": self.progress}
+        return own_windows(self.source, self.tokenizer, count, self.seqlen, **about)
 
     def _plan(self, samples: int, seqlen: int) -> StreamPlan:
         fit = self.recipe.blocks[0].fit
@@ -106,7 +122,7 @@ class Run:
 
     @property
     def data_name(self) -> str:
-        return "none" if self.ids is None else "token ids" if isinstance(self.data, Tensor) else str(self.data)
+        return "none" if self.ids is None else name_of(self.data)
 
     @property
     def data_sha256(self) -> str:

@@ -12,7 +12,8 @@ of the checkpoint it came from or goes to.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from planish.arch import Arch, discover, linears
+from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.fit.finetune import finetune
 from planish.fit.lean_loop import finetune_lean
@@ -32,12 +34,13 @@ from planish.fit.teacher import last_hidden
 from planish.fit.watch import Setting, Slots, Windows, was_lean
 from planish.fit.whole import EndToEnd
 from planish.folder import assemble
+from planish.formats import FORMATS
 from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
 from planish.log import Event, Progress, peak_bytes
 from planish.plan import WholeSize, gpu_memory, host_memory, measure_room, plan_streams, plan_whole
-from planish.qtensor import QTensor
+from planish.qtensor import PARTS, QTensor
 from planish.run import Run
 from planish.scheme import Scheme
 from planish.source import Source
@@ -45,6 +48,8 @@ from planish.stream import BlockStream
 from planish.trainable import convert, free_slots
 
 CHECKPOINTING_FROM = 500_000_000  # weights
+SAVE_EVERY = 16  # steps between the checkpoints of a run that shall survive a kill
+CHECKPOINTS, NATIVE = "whole", FORMATS["native"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,13 +279,15 @@ def quantize_in_memory(
         assert run.ids is not None
         examples = Examples(ids=run.ids, labels=run.ids, note="")
     size = whole_size(source.skeleton(), run.schemes, stage, run.dtype)
-    with tempfile.TemporaryDirectory() as folder:
+    with _checkpoints(run) as folder:
         setting = Setting(
-            folder=Path(folder),
+            folder=folder,
             device=run.device,
             seed=run.seed,
             micro_batch=run.micro_batch,
             checkpointing=wants_checkpointing(size, run.device),
+            resume=run.journal is not None,
+            save_every=SAVE_EVERY if run.journal else 0,
             progress=run.progress,
         )
         try:
@@ -308,15 +315,47 @@ def quantize_in_memory(
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
 
 
+@contextmanager
+def _checkpoints(run: Run) -> Iterator[Path]:
+    """The folder of a whole-model stage's checkpoints: in the journal, where there is one."""
+    if run.journal is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder = run.journal.folder / CHECKPOINTS
+    folder.mkdir(exist_ok=True)
+    run.journal.streams.mkdir(parents=True, exist_ok=True)  # the teacher's may wait there
+    with run.journal.reporting():
+        yield folder
+
+
 def _blocks(run: Run) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:
-    """The stages that go through the blocks: packed layers, tensors that were trained besides, figures."""
+    """The stages that go through the blocks: packed layers, tensors that were trained besides, figures.
+
+    With a journal, both come out of it, in the native format, which holds every layer.
+    """
     layers: dict[str, Packed] = {}
     trained: dict[str, Tensor] = {}
+    if run.journal is None:
 
-    def sink(name: str, quantized: QTensor) -> None:
-        layers[name] = Packed.from_qtensor(quantized.to("cpu"))
+        def sink(name: str, quantized: QTensor) -> None:
+            layers[name] = Packed.from_qtensor(quantized.to("cpu"))
 
-    figures = run.execute(sink, trained.__setitem__)
+        return layers, trained, run.execute(sink, trained.__setitem__)
+    journal = run.journal
+
+    def keep(name: str, quantized: QTensor) -> None:
+        for key, tensor in NATIVE.write(name, Stream.of(quantized).to("cpu")).items():
+            journal.add(key, tensor)
+
+    figures = run.execute(keep, journal.add)
+    written: dict[str, dict[str, Tensor]] = {name: {} for name in run.schemes}
+    for key, tensor in journal.tensors():
+        name, _, part = key.rpartition(".")
+        (written[name] if name in written and part in PARTS else trained)[key] = tensor
+    shapes = linears(run.arch, run.source.skeleton())
+    for name, tensors in written.items():
+        layers[name] = Packed.from_stream(NATIVE.read(name, tensors, run.schemes[name], shapes[name]))
     return layers, trained, figures
 
 

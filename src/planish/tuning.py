@@ -8,10 +8,11 @@ written is a checkpoint as `quantize_to` writes one. Everything wrong with a req
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from planish.formats.format import Format
 from planish.instruct import Examples, load_examples
 from planish.journal import fingerprint
 from planish.log import Clock, Event, Progress, RunManifest, versions
+from planish.mix import Data, Text, blend, is_own, name_of, needs_tokenizer
+from planish.own_text import own_windows
 from planish.recipes import build, split_preset
 from planish.request import data_size, make_run, manifest_of, resolve
 from planish.run import compute_device, compute_dtype
@@ -62,7 +65,8 @@ class Tuning:
 
     Args:
         preset, keys: the recipe's own.
-        data: text, or conversations; see `planish.data`. Or token ids int64 [samples, seqlen].
+        data: text, conversations, or a mix; see `planish.data` and `planish.mix`. Or token ids int64 [samples, seqlen].
+        watch: the source of the windows held out; of a mix the embedded text, else the data itself, if not given.
         teacher: the float model, where the recipe distils: of a float model itself, of a quantized one the one that
             its run.json names, if not given.
         batch_size: samples in one forward and backward pass; the recipe's own batch_size is that of a step.
@@ -77,7 +81,8 @@ class Tuning:
     scheme: str | None = None
     preset: str | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
-    data: str | Path | Tensor = "embedded"
+    data: Data = "embedded"
+    watch: Data | None = None
     samples: int | None = None
     seqlen: int | None = None
     teacher: str | os.PathLike[str] | None = None
@@ -225,13 +230,45 @@ def _setting(request: Tuning, work: Path, base: Setting) -> Setting:
     )
 
 
-def _examples(request: Tuning, tokenizer: Any, samples: int, seqlen: int, label: str) -> Examples:
-    if tokenizer is None and not isinstance(request.data, Tensor):
+def _examples(
+    request: Tuning, tokenizer: Any, samples: int, seqlen: int, holdout: int, label: str, own: Callable[[int], Tensor]
+) -> tuple[Examples, str]:
+    """What is trained on, behind what is watched; and the source of the latter, if it is another one.
+
+    Args:
+        own: windows of the float model's own text, so many.
+    """
+    if tokenizer is None and needs_tokenizer(request.data, request.watch):
         raise PlanishError(f"{label} comes without a tokenizer; pass tokenizer=, or token ids as data")
-    found = load_examples(tokenizer, request.data, samples, seqlen, request.seed)
-    if found.note and request.progress:
-        request.progress(Event(stage="data", index=0, total=0, note=found.note))
-    return found
+
+    def cut(source: Text, count: int) -> tuple[tuple[Tensor, Tensor], str]:
+        if is_own(source):
+            ids = own(count)
+            return (ids, ids.clone()), ""
+        found = load_examples(tokenizer, source, count, seqlen, request.seed)
+        return (found.ids, found.labels), found.note
+
+    found = blend(request.data, cut, samples, seed=request.seed, watch=request.watch, holdout=holdout)
+    for note in found.notes if request.progress else ():
+        request.progress(Event(stage="data", index=0, total=0, note=note))  # type: ignore[misc]
+    ids, labels = found.tensors
+    return Examples(ids, labels, "; ".join(found.notes)), found.watched
+
+
+def _own_text(
+    teacher: Source | None,
+    request: Tuning,
+    tokenizer: Any,
+    seqlen: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    count: int,
+) -> Tensor:
+    """Windows that the teacher writes."""
+    if teacher is None:
+        raise PlanishError("data=self is text of the float model: distil from it (distill=1), or give a text")
+    about: Any = {"device": device, "dtype": dtype, "seed": request.seed, "progress": request.progress}
+    return own_windows(teacher, tokenizer, count, seqlen, **about)
 
 
 def _from_float(
@@ -253,9 +290,12 @@ def _from_float(
     directory = writer.out.parent if writer.out.parent.is_dir() else None
     run = make_run(
         resolved, request.data, request.device, None, request.seed, "auto", request.progress, request.tokenizer,
-        stream_dir=directory,
+        stream_dir=directory, watch=request.watch,
     )  # fmt: skip
-    examples = _examples(request, run.tokenizer, resolved.samples, resolved.seqlen, resolved.source.label)
+    examples, _ = _examples(
+        request, run.tokenizer, resolved.samples, resolved.seqlen, resolved.recipe.holdout, resolved.source.label,
+        run.own_text,
+    )  # fmt: skip
     _claim(work, request, resolved.source, recipe, examples)
     tuned, figures = quantize_in_memory(run, examples, lambda base: _setting(request, work, base))
     manifest = manifest_of(resolved, run, figures)
@@ -275,16 +315,7 @@ def _from_quantized(
 ) -> RunManifest:
     """The whole alone, its codes as they are."""
     source, clock = folder.source, Clock()
-    if request.scheme is not None:
-        raise PlanishError(f"{source.label} is quantized already; drop the scheme, or give the 16-bit original")
-    if request.format not in ("auto", folder.format.name):
-        raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")
-    if source.folder is not None and source.folder.resolve() == writer.out:
-        raise PlanishError(f"{writer.out} is the model itself; write to another folder")
-    if folder.embedding in folder.schemes:
-        raise PlanishError(
-            f"{source.label}: its embedding is quantized; finetune first, then planish export --embeddings"
-        )
+    _check_folder(folder, writer.out, request)
     format = _written_in(folder, request)
     own, _ = split_preset(recipe, request.preset)
     samples, seqlen = data_size(recipe, request.preset, request.samples, request.seqlen, source.config)
@@ -292,9 +323,11 @@ def _from_quantized(
     theirs = _teacher_source(request, before) if stage.distill > 0 else None
     if theirs is not None:
         check_vocabulary(source.skeleton(), theirs.skeleton())
-    examples = _examples(request, request.tokenizer or source.tokenizer(), samples, seqlen, source.label)
     device = compute_device(request.device)
     dtype = compute_dtype(source.dtype, device)
+    tokenizer = request.tokenizer or source.tokenizer()
+    own_text = functools.partial(_own_text, theirs, request, tokenizer, seqlen, device, dtype)
+    examples, watched = _examples(request, tokenizer, samples, seqlen, stage.holdout, source.label, own_text)
     setting = _planned(folder, stage, request, work, device, dtype, seqlen)
     _claim(work, request, source, recipe, examples)
     teacher = None
@@ -317,11 +350,12 @@ def _from_quantized(
         scheme=before.scheme if before else "",
         layers={name: str(scheme) for name, scheme in folder.schemes.items()},
         format=format.name,
-        data="token ids" if isinstance(request.data, Tensor) else str(request.data),
+        data=name_of(request.data),
         data_sha256=sha256(examples.ids),
         samples=len(examples.ids),
         seqlen=seqlen,
         seed=request.seed,
+        watched=watched,
         versions=versions(),
         figures={"seconds": round(clock.seconds, 2), **figures_of(outcome, device)},
     )
@@ -330,6 +364,21 @@ def _from_quantized(
         tokenizer=request.tokenizer, extra=papers(manifest),
     )  # fmt: skip
     return manifest
+
+
+def _check_folder(folder: QuantizedFolder, out: Path, request: Tuning) -> None:
+    """Refuse what doesn't suit the quantized folder."""
+    source = folder.source
+    if request.scheme is not None:
+        raise PlanishError(f"{source.label} is quantized already; drop the scheme, or give the 16-bit original")
+    if request.format not in ("auto", folder.format.name):
+        raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")
+    if source.folder is not None and source.folder.resolve() == out:
+        raise PlanishError(f"{out} is the model itself; write to another folder")
+    if folder.embedding in folder.schemes:
+        raise PlanishError(
+            f"{source.label}: its embedding is quantized; finetune first, then planish export --embeddings"
+        )
 
 
 def _written_in(folder: QuantizedFolder, request: Tuning) -> Format:

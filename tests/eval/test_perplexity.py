@@ -4,10 +4,13 @@ import sys
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
+import planish
 from planish.errors import PlanishError
 from planish.eval import perplexity
+from planish.folder import tokenizer_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
@@ -67,3 +70,21 @@ def test_refuses_what_it_cannot_measure():
         perplexity(model, torch.arange(10))
     with pytest.raises(PlanishError, match="no tokenizer in ''; pass tokenizer=, or token ids"):
         perplexity(model, "embedded-eval")
+
+
+def test_bos_stands_before_the_text_once(tiny_llama, tmp_path):
+    """GPTQ's protocol: BOS opens the first window, every other one begins a token earlier; none where none is added."""
+    folder = tiny_llama(initializer_range=0.2)
+    text = tmp_path / "text.txt"
+    text.write_text("0123456789" * 5)
+    model, tokenizer = planish.load(folder, device="cpu", dtype=torch.float32), tokenizer_of(planish.load(folder))
+    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    assert perplexity(model, str(text), seqlen=16, bos=True) == perplexity(model, ids, seqlen=16), "it adds none"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", pair="$A $B", special_tokens=[("<eos>", 256)]
+    )
+    assert tokenizer("0")["input_ids"][0] == 256 == tokenizer.bos_token_id
+    found = perplexity(model, str(text), tokenizer=tokenizer, seqlen=16, bos=True)
+    # 1e-5: the model computes in fp32, the formula in fp64
+    assert found == pytest.approx(plain(model, torch.cat([torch.tensor([256]), ids]), 16), rel=1e-5)
+    assert found != perplexity(model, str(text), tokenizer=tokenizer, seqlen=16)

@@ -28,6 +28,7 @@ from planish.cli.app import (
     Target,
     TensorParallel,
     Tokens,
+    Watched,
     app,
     optional,
 )
@@ -46,6 +47,8 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
     planish quantize ./model --preset fast --out q4
     planish quantize ./model --bits 3 --preset light --out q3
     planish quantize ./model --bits 2 --preset best --data text.jsonl --out q2
+  a model for many uses: a mix of texts, the state kept chosen on one that isn't trained on:
+    planish quantize ./model --bits 2 --data web.txt,code.jsonl,chats.jsonl:2 --watch news.txt --out q2
   a publication's method, such as SignRound:
     planish quantize ./model --recipe signround --preset paper --out q4
   more bits for some linears, 16 for others:
@@ -53,7 +56,7 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
   ranges clipped and channels scaled, on hidden states that are turned; 4-bit activations too:
     planish quantize ./model --recipe rotate+omniquant --scheme w4a4 --out q4
   hours of work that a kill must not cost; the same command goes on:
-    planish quantize ./model --preset light --resume --out q4
+    planish quantize ./model --resume --out q4
   for a server, which decides on the format and what it can hold:
     planish quantize ./model --target vllm --tp 2 --out q4
     planish quantize ./model --bits 2 --target llama.cpp --embeddings 8 --out q2
@@ -65,7 +68,9 @@ one scale for 128 weights loses far more than that eighth buys. Both are symmetr
 the one extra level on the larger tail, which zero points seldom beat and cost room beside.
 
 KEY=VALUE sets a recipe's own keys: see planish recipes planish. --data takes embedded, a .txt, .raw
-or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field).
+or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field); self has
+the model write its text. Several, by commas, are a mix in equal shares; SOURCE:2 has twice the share.
+Of a mix, fits are watched on another text, the embedded one; --watch names one.
 """
 
 _FINETUNE = """
@@ -97,6 +102,7 @@ def quantize(
     scheme: SchemeText = None,
     bits: Bits = None,
     data: Calibration = "embedded",
+    watch: Watched = None,
     samples: Samples = None,
     seqlen: Tokens = None,
     layers: Layers = None,
@@ -125,6 +131,7 @@ def quantize(
         _scheme(scheme, bits),
         preset=preset,
         data=data,
+        watch=watch,
         samples=samples,
         seqlen=seqlen,
         layers=tuple(layers or ()),
@@ -156,7 +163,8 @@ def finetune(
     recipe: RecipeName = "e2e_qp",
     preset: Preset = None,
     scheme: Annotated[str | None, optional("Of a float model, such as w2g64asym.")] = None,
-    data: Annotated[str, Option(help="Text or conversations.")] = "embedded",
+    data: Annotated[str, Option(help="Text or conversations, or a mix of sources.")] = "embedded",
+    watch: Watched = None,
     samples: Samples = None,
     seqlen: Tokens = None,
     steps: Annotated[int | None, optional("Optimizer steps.")] = None,
@@ -189,6 +197,7 @@ def finetune(
         scheme,
         preset=preset,
         data=data,
+        watch=watch,
         samples=samples,
         seqlen=seqlen,
         teacher=teacher,

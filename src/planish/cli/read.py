@@ -40,6 +40,7 @@ def evaluate(
     ppl: Annotated[str, Option(metavar="TEXT", help="A file or a data set of the hub.")] = "embedded-eval",
     seqlen: Seqlen = 2048,
     limit: Annotated[int | None, optional("Only the first so many windows.")] = None,
+    protocol: Annotated[str | None, optional("gptq: the whole text, BOS before it if the tokenizer has it so.")] = None,
     batch_size: Annotated[int, Option(help="Windows at once.")] = 8,
     device: Device = None,
 ) -> None:
@@ -48,6 +49,8 @@ def evaluate(
     \b
       the field's protocol; rows of a .raw file are joined as it does:
         planish eval q4 --ppl wiki.test.raw
+      for comparison with published figures, to the token:
+        planish eval q4 --ppl wiki.test.raw --protocol gptq
       quick, on the language reference that Python carries:
         planish eval q4 --seqlen 512 --limit 16
 
@@ -57,8 +60,14 @@ def evaluate(
     from planish.card import refresh
     from planish.eval import record
 
+    if protocol not in (None, "gptq"):
+        raise PlanishError(f"no protocol {protocol!r}: there is gptq; without one no BOS is added")
+    if protocol and limit:
+        raise PlanishError(f"--protocol {protocol} measures the whole text; drop --limit")
     loaded = planish.load(folder, device=device)
-    value = planish.perplexity(loaded, ppl, seqlen=seqlen, batch_size=batch_size, limit=limit)
+    value = planish.perplexity(loaded, ppl, seqlen=seqlen, batch_size=batch_size, limit=limit, bos=protocol == "gptq")
+    if protocol:
+        ppl = f"{Path(ppl).name if Path(ppl).is_file() else ppl}, protocol {protocol}"
     if (where := Path(folder)).is_dir():
         before = record.read(where)
         record.record_perplexity(where, ppl, seqlen, limit, value)

@@ -30,6 +30,7 @@ def perplexity(
     seqlen: int = 2048,
     batch_size: int = 8,
     limit: int | None = None,
+    bos: bool = False,
 ) -> float:
     """Perplexity of a model on a text, on the device that the model is on.
 
@@ -40,11 +41,13 @@ def perplexity(
         seqlen: tokens of a window.
         batch_size: windows at once.
         limit: only the first so many windows.
+        bos: begin the text with the token that the tokenizer begins every text with, if there is one: once, not each
+            window, as GPTQ's code and what follows it do.
 
     Raises:
         PlanishError: if the text is shorter than one window, or its tokenizer can't be found.
     """
-    ids = text if isinstance(text, Tensor) else _tokens(model, text, tokenizer)
+    ids = text if isinstance(text, Tensor) else _tokens(model, text, tokenizer, bos)
     windows = data.split(ids, seqlen, "the text" if isinstance(text, Tensor) else str(text))[:limit]
     model.eval()
     decoder, head = _parts(model, windows[0, :8])
@@ -84,8 +87,10 @@ def _parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
     return (decoder, head) if plain else (whole, nn.Identity())
 
 
-def _tokens(model: Any, source: str | Path, tokenizer: Any) -> Tensor:
+def _tokens(model: Any, source: str | Path, tokenizer: Any, bos: bool) -> Tensor:
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise PlanishError(f"no tokenizer in {model.config.name_or_path!r}; pass tokenizer=, or token ids")
-    return data.tokens(tokenizer, source)
+    ids = data.tokens(tokenizer, source)
+    begin = [token for token in tokenizer("")["input_ids"][:1] if bos and token == tokenizer.bos_token_id]
+    return torch.cat([torch.tensor(begin, dtype=ids.dtype), ids])

@@ -50,6 +50,12 @@ class Recipe:
         return last if isinstance(last, EndToEnd) else None
 
     @property
+    def holdout(self) -> int:
+        """The fewest samples that a stage holds out to choose its state by; 0 if none is fitted."""
+        fits = (stage.fit if isinstance(stage, Stage) else stage for stage in self.stages)
+        return min((fit.holdout for fit in fits if fit is not None), default=0)
+
+    @property
     def needs_data(self) -> bool:
         return any(stage.needs_data for stage in self.stages)
 
