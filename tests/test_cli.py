@@ -337,3 +337,37 @@ def test_quantize_for_a_target(planish, tiny_llama, tmp_path):
         "quantize", tiny_llama(), "--recipe", "rtn", "--scheme", "w2g32", "--target", "vllm", "--out", tmp_path / "q"
     )
     assert made.status == 0 and "format compressed_tensors" in made.out
+
+
+def test_agreement_and_tasks(planish, tiny_llama, tmp_path, monkeypatch):
+    base, q4, page = tiny_llama(), tmp_path / "q4", tmp_path / "page.html"
+    planish("quantize", base, "--recipe", "rtn", "--out", q4, "--scheme", "w4g32")
+    (q4 / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
+    (base / "chat_template.jinja").write_text((q4 / "chat_template.jinja").read_text())
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"instruction": "hello", "output": "you"}\n{"instruction": "and", "output": "so"}\n')
+    words = ("eval", q4, "--agree", base, "--prompts", chats, "--device", "cpu")
+    found = planish(*words)
+    assert found.status == 0 and found.out.startswith("KL 0.0") and "(2 prompts, 23 tokens)" in found.out, found
+    (kept,) = json.loads((q4 / "eval.json").read_text())["agreement"]
+    assert (kept["with"], kept["prompts"], kept["tokens"], kept["count"]) == ("tiny", "chats.jsonl", 23, 2)
+    monkeypatch.setattr("planish.eval.tasks.evaluate", lambda model, names, **how: {
+        name: {"acc": 0.5, "stderr": 0.01, "acc_norm": 0.4, "acc_norm_stderr": 0.02} for name in names})  # fmt: skip
+    found = planish("eval", q4, "--tasks", "piqa,boolq", "--shots", "5", "--device", "cpu")
+    assert found.status == 0 and "piqa             acc 0.5000 ± 0.0100" in found.out and "mean " in found.out, found
+    card = (q4 / "README.md").read_text()
+    assert "| acc_norm | `piqa, 5-shot` | 0.4000 ± 0.0200 |" in card and "KL, nats a token | `chats.jsonl`" in card
+    assert planish("report", q4, "--out", page).status == 0
+    assert "KL in nats a token, tiny on chats.jsonl" in page.read_text() and "piqa, 5-shot, acc" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--shots", "5"), "--shots and --task-data say how --tasks are measured; give --tasks too"),
+        (("--prompts", "chats.jsonl"), "--prompts says on what models agree; give the float one with --agree too"),
+    ],
+)
+def test_options_of_what_is_not_measured(planish, tmp_path, words, said):
+    refused = planish("eval", tmp_path, *words)
+    assert refused.status == 2 and refused.err == f"planish: {said}\n"

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from planish.api import info, load, quantize, quantize_to, resolve, save
     from planish.decode import generate
     from planish.errors import PlanishError, UnsupportedScheme
+    from planish.eval.agreement import agreement, reference
     from planish.eval.perplexity import perplexity
+    from planish.eval.tasks import evaluate
     from planish.hf import register, unregister
     from planish.qtensor import QTensor
     from planish.scheme import Scheme, SchemeMap
@@ -33,7 +35,9 @@ __all__ = [
     "Scheme",
     "SchemeMap",
     "UnsupportedScheme",
+    "agreement",
     "convert",
+    "evaluate",
     "export",
     "finetune",
     "generate",
@@ -43,6 +47,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_to",
+    "reference",
     "register",
     "resolve",
     "save",
@@ -53,7 +58,9 @@ _HOME = {
     "planish.api": ("info", "load", "quantize", "quantize_to", "resolve", "save"),
     "planish.decode": ("generate",),
     "planish.errors": ("PlanishError", "UnsupportedScheme"),
+    "planish.eval.agreement": ("agreement", "reference"),
     "planish.eval.perplexity": ("perplexity",),
+    "planish.eval.tasks": ("evaluate",),
     "planish.transcode": ("export",),
     "planish.hf": ("register", "unregister"),
     "planish.qtensor": ("QTensor",),

@@ -128,10 +128,14 @@ def _measured(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         limit = f", the first {found['limit']} of them" if found.get("limit") else ""
         yield "perplexity", f"`{found['data']}`{tokens}{limit}", f"{found['value']:.4g}"
     for task, metrics in (evaluation.get("tasks") or {}).items():
-        error = f" ± {metrics['stderr']:.4f}" if "stderr" in metrics else ""
-        for metric, value in metrics.items():
-            if metric != "stderr":
-                yield metric, f"`{task}`", f"{value:.4f}{error}"
+        for index, (metric, value) in enumerate(metrics.items()):
+            error = metrics.get("stderr" if index == 0 else f"{metric}_stderr")
+            if not metric.endswith("stderr"):
+                yield metric, f"`{task}`", f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    for found in evaluation.get("agreement") or ():
+        against = f"`{found['prompts']}`, against `{found['with']}`"
+        yield "KL, nats a token", against, f"{found['kl']:.4f} ± {found['kl_stderr']:.4f}"
+        yield "top-1 agreement", against, f"{found['top1']:.4f} ± {found['top1_stderr']:.4f}"
 
 
 def _section(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:

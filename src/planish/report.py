@@ -155,7 +155,8 @@ def _quality(checkpoints: Sequence[Checkpoint]) -> Markup:
     """Pareto pictures, where there is something to compare, and all measures as a table."""
     texts = list(dict.fromkeys(text for checkpoint in checkpoints for text in checkpoint.perplexity))
     tasks = list(dict.fromkeys(task for checkpoint in checkpoints for task in checkpoint.tasks))
-    if not texts and not tasks:
+    agreements = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.agreement))
+    if not texts and not tasks and not agreements:
         return Markup("")
     rows: list[list[object]] = [
         [f"Perplexity on {text}", *(c.perplexity.get(text, UNKNOWN) for c in checkpoints)] for text in texts
@@ -163,10 +164,11 @@ def _quality(checkpoints: Sequence[Checkpoint]) -> Markup:
     rows += [[task, *(c.tasks.get(task, UNKNOWN) for c in checkpoints)] for task in tasks]
     if len(tasks) > 1:
         rows.append(["Mean of the tasks", *(_mean(c.tasks, tasks) or UNKNOWN for c in checkpoints)])
+    rows += [[name, *(c.agreement.get(name, UNKNOWN) for c in checkpoints)] for name in agreements]
     pictures = [picture for text in texts for picture in _pareto(checkpoints, text)]
     grid = element("div", *pictures, class_="grid") if pictures else ""
     head = ["", *(join(_badge(c), " ", c.name) if len(checkpoints) > 1 else "" for c in checkpoints)]
-    note = "Lower perplexity is better; of the tasks, higher. ± is one standard error."
+    note = "Lower perplexity and KL are better; of the rest, higher. ± is one standard error."
     return element("section", element("h2", "Quality"), grid, _table(head, rows), element("p", note, class_="note"))
 
 

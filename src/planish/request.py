@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from planish.adapter import adapted
 from planish.arch import Arch, discover, linears
 from planish.attention import check_heads
 from planish.data import check_seqlen
@@ -95,6 +96,7 @@ def resolve(
     ignore: Iterable[str] = (),
     preset: str | None = None,
     revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     format: str = "auto",
     target: str | None = None,
     tp: int = 1,
@@ -106,22 +108,21 @@ def resolve(
     """Check a request and say what it comes to; reads headers, no weights.
 
     Args:
+        adapter: folder of a LoRA of this model, merged into its weights first.
         format: 'auto', one of `planish.formats.FORMATS`, or 'gguf': that file then lies beside a native checkpoint.
         target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
         tp: GPUs that the target will cut each layer for.
         embeddings: bits of the embedding and the head: 16, 8 or 4; if not given 16, and 8 in a GGUF.
         others: as of `quantize`.
 
-    Raises:
-        PlanishError: for anything wrong with it.
+    Raises: PlanishError for anything wrong with it.
     """
     if format not in ("auto", GGUF, *FORMATS):
         raise PlanishError(f"no format {format!r}: {nearest(format, [*FORMATS, GGUF])}")
     built = _recipe(recipe, preset, keys)
     scheme_map = SchemeMap.parse(scheme, layers, ignore)
-    source = _source(model, revision, built)
-    skeleton = source.skeleton()
-    arch = discover(skeleton)
+    source = _source(model, revision, adapter, built)
+    arch = discover(skeleton := source.skeleton())
     shapes = linears(arch, skeleton)
     check_heads(skeleton, schemes := scheme_map.resolve(shapes))
     every = {name: schemes.get(name) for name in shapes}
@@ -148,9 +149,11 @@ def resolve(
     )
 
 
-def _source(model: ModelLike, revision: str | None, recipe: Recipe) -> Source:
-    """The model, turned where the recipe says so."""
-    source = open_source(model, revision=revision)
+def _source(
+    model: ModelLike, revision: str | None, adapter: str | os.PathLike[str] | None, recipe: Recipe
+) -> Source:
+    """The model, with its adapter, turned where the recipe says so."""
+    source = adapted(open_source(model, revision=revision), adapter)
     return source if recipe.rotation is None else recipe.rotation.of(source)
 
 

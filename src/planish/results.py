@@ -59,6 +59,7 @@ class Checkpoint:
     losses: list[tuple[float, float]]
     perplexity: dict[str, Measure] = field(default_factory=dict)
     tasks: dict[str, Measure] = field(default_factory=dict)
+    agreement: dict[str, Measure] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: Path, number: int, name: str) -> Checkpoint:
@@ -87,6 +88,7 @@ def read_checkpoint(folder: Path, number: int, name: str) -> Checkpoint:
         losses=as_pairs(figures.get("losses")),
         perplexity=_perplexity(evaluation.get("perplexity")),
         tasks=_tasks(evaluation.get("tasks")),
+        agreement=_agreement(evaluation.get("agreement")),
     )
 
 
@@ -189,4 +191,16 @@ def _tasks(value: object) -> dict[str, Measure]:
         numbers = as_numbers(entry)
         for metric in [name for name in numbers if "stderr" not in name][:1]:
             found[f"{task}, {metric}"] = Measure(numbers[metric], numbers.get("stderr"))
+    return found
+
+
+def _agreement(value: object) -> dict[str, Measure]:
+    """KL and top-1 agreement by prompts and float model."""
+    found = {}
+    for entry in map(as_mapping, as_list(value)):
+        numbers = as_numbers(entry)
+        for name, title in (("kl", "KL in nats a token"), ("top1", "Top-1 agreement")):
+            if name in numbers:
+                where = f"{title}, {entry.get('with', 'the float model')} on {entry.get('prompts', 'prompts')}"
+                found[where] = Measure(numbers[name], numbers.get(f"{name}_stderr"))
     return found

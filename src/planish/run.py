@@ -137,10 +137,10 @@ class Run:
         Raises:
             PlanishError: if the model is in memory, where it can't be told from another one.
         """
-        folder, file = self.source.folder, Path(self.source.label)
-        if folder is None and not file.is_file():
+        folder, files = self.source.folder, self.source.files()
+        if not files:
             raise PlanishError("--resume needs a model in a folder; write this one with save_pretrained() first")
-        files = [file] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+        files += [] if folder is None else [folder / "config.json"]
         facts = manifest.to_dict()
         del facts["figures"], facts["data"]  # a text is known by its hash
         code = recipe.rpartition(":")[0]

@@ -75,6 +75,10 @@ class Source(ABC):
     def names(self) -> list[str]:
         """Names of all tensors of the checkpoint; a tied one once, under the embedding's name."""
 
+    def files(self) -> list[Path]:
+        """What the weights are read from; nothing if they are in memory."""
+        return [] if self.folder is None else sorted(self.folder.glob("*.safetensors"))
+
     @abstractmethod
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in any order; a tensor is borrowed until the next one is asked for."""
@@ -347,6 +351,9 @@ class GgufSource(MemorySource):
         if report["missing_keys"]:
             raise PlanishError(f"{file}: the tensor of {min(report['missing_keys'])} is missing; get it again")
         return model
+
+    def files(self) -> list[Path]:
+        return [self._path]
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         with reading(f"{self.label}: transformers can't read the tokenizer", "get it again"):

@@ -67,6 +67,7 @@ class Tuning:
         preset, keys: the recipe's own.
         data: text, conversations, or a mix; see `planish.data` and `planish.mix`. Or token ids int64 [samples, seqlen].
         watch: the source of the windows held out; of a mix the embedded text, else the data itself, if not given.
+        adapter: folder of a LoRA of a float model, merged into its weights before they are quantized.
         teacher: the float model, where the recipe distils: of a float model itself, of a quantized one the one that
             its run.json names, if not given.
         batch_size: samples in one forward and backward pass; the recipe's own batch_size is that of a step.
@@ -85,6 +86,7 @@ class Tuning:
     watch: Data | None = None
     samples: int | None = None
     seqlen: int | None = None
+    adapter: str | os.PathLike[str] | None = None
     teacher: str | os.PathLike[str] | None = None
     device: str | torch.device | None = None
     batch_size: int = 4
@@ -193,9 +195,8 @@ def _claim(work: Path, request: Tuning, source: Source, recipe: str, examples: E
     """
     if not (request.save_every or request.resume):
         return
-    files = [Path(source.label)] if source.folder is None else source.folder.glob("*.safetensors")
     wanted = {
-        "model": fingerprint(files)[:12],
+        "model": fingerprint(source.files())[:12],
         "recipe": recipe,
         "preset": request.preset or "default",
         "keys": {key: str(value) for key, value in sorted(request.keys.items())},
@@ -281,6 +282,7 @@ def _from_float(
         request.scheme or "w4g128",
         preset=request.preset,
         format=request.format,
+        adapter=request.adapter,
         samples=request.samples,
         seqlen=request.seqlen,
         **request.keys,
@@ -369,8 +371,8 @@ def _from_quantized(
 def _check_folder(folder: QuantizedFolder, out: Path, request: Tuning) -> None:
     """Refuse what doesn't suit the quantized folder."""
     source = folder.source
-    if request.scheme is not None:
-        raise PlanishError(f"{source.label} is quantized already; drop the scheme, or give the 16-bit original")
+    if given := [name for name in ("scheme", "adapter") if getattr(request, name) is not None]:
+        raise PlanishError(f"{source.label} is quantized already; drop the {given[0]}, or give the 16-bit original")
     if request.format not in ("auto", folder.format.name):
         raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")
     if source.folder is not None and source.folder.resolve() == out:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from planish.eval.record import NAME, read, record_perplexity
+from planish.eval.record import NAME, read, record_agreement, record_perplexity, record_tasks
 
 
 def test_a_figure_is_kept_and_replaced(tmp_path: Path) -> None:
@@ -30,3 +30,20 @@ def test_another_tools_file_is_no_record(tmp_path: Path) -> None:
     for content in ("[]", "{", "3"):
         (tmp_path / NAME).write_text(content)
         assert read(tmp_path) == {}
+
+
+def test_tasks_are_kept_by_how_they_were_asked(tmp_path: Path) -> None:
+    record_tasks(tmp_path, {"piqa": {"acc": 0.5, "stderr": 0.1}}, None, None)
+    record_tasks(tmp_path, {"piqa": {"acc": 0.6, "stderr": 0.1}}, 5, 100)
+    record_tasks(tmp_path, {"piqa": {"acc": 0.7, "stderr": 0.1}}, None, None)
+    assert read(tmp_path)["tasks"] == {
+        "piqa": {"acc": 0.7, "stderr": 0.1},
+        "piqa, 5-shot, first 100": {"acc": 0.6, "stderr": 0.1},
+    }
+
+
+def test_agreement_is_kept_by_model_and_prompts(tmp_path: Path) -> None:
+    for model, kl in (("org/name", 0.3), (str(tmp_path), 0.2), ("org/name", 0.1)):
+        record_agreement(tmp_path, model, "embedded-prompts", {"kl": kl})
+    found = read(tmp_path)["agreement"]
+    assert [(entry["with"], entry["kl"]) for entry in found] == [(tmp_path.name, 0.2), ("org/name", 0.1)]

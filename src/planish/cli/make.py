@@ -84,6 +84,8 @@ codes stay; or a float model, for a recipe that quantizes first.
     planish finetune q2 --data text.jsonl --out q2-tuned distill=1
   EfficientQAT, whole, from the float model:
     planish finetune ./model --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
+  the same with a LoRA that is there already, merged before anything is rounded:
+    planish finetune ./model --adapter ./lora --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
   go on after a kill, from the last checkpoint:
     planish finetune q2 --data text.jsonl --out q2-tuned --save-every 100 --resume
 
@@ -169,6 +171,7 @@ def finetune(
     seqlen: Tokens = None,
     steps: Annotated[int | None, optional("Optimizer steps.")] = None,
     epochs: Annotated[float | None, optional("Passes over the windows, where steps aren't given.")] = None,
+    adapter: Annotated[Path | None, optional("LoRA folder of a float model, merged into it first.")] = None,
     teacher: Annotated[str | None, optional("Float model to distil from; else the one in run.json.")] = None,
     batch_size: Annotated[int, Option(help="Windows in one pass; batch_size=8 is a step's.")] = 4,
     checkpointing: Annotated[bool | None, optional("Recompute blocks, by the model's size if not given.")] = None,
@@ -200,6 +203,7 @@ def finetune(
         watch=watch,
         samples=samples,
         seqlen=seqlen,
+        adapter=adapter,
         teacher=teacher,
         batch_size=batch_size,
         checkpointing=checkpointing,

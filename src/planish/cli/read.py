@@ -37,14 +37,19 @@ def recipes(name: Annotated[str | None, Argument(metavar="[NAME]", show_default=
 @app.command(name="eval", no_args_is_help=True)
 def evaluate(
     folder: Folder,
-    ppl: Annotated[str, Option(metavar="TEXT", help="A file or a data set of the hub.")] = "embedded-eval",
+    ppl: Annotated[str | None, optional("Perplexity of a file or a data set of the hub.", metavar="TEXT")] = None,
     seqlen: Seqlen = 2048,
-    limit: Annotated[int | None, optional("Only the first so many windows.")] = None,
     protocol: Annotated[str | None, optional("gptq: the whole text, BOS before it if the tokenizer has it so.")] = None,
-    batch_size: Annotated[int, Option(help="Windows at once.")] = 8,
+    tasks: Annotated[str | None, optional("Tasks of lm-eval.", metavar="NAME,...")] = None,
+    shots: Annotated[int | None, optional("Answered questions before each; the task's own if not given.")] = None,
+    task_data: Annotated[Path | None, optional("Folder of lm-eval's YAML files, to use no other.")] = None,
+    agree: Annotated[str | None, optional("Agreement with this float model.", metavar="MODEL")] = None,
+    prompts: Annotated[str | None, optional("Conversations to agree on; 32 of our own if not given.")] = None,
+    limit: Annotated[int | None, optional("Only the first so many windows, questions or prompts.")] = None,
+    batch_size: Annotated[int | None, optional("Sequences at once; by their length if not given.")] = None,
     device: Device = None,
 ) -> None:
-    """Measure perplexity.
+    """Measure perplexity, tasks, or agreement with the float model; perplexity if nothing is named.
 
     \b
       the field's protocol; rows of a .raw file are joined as it does:
@@ -53,10 +58,15 @@ def evaluate(
         planish eval q4 --ppl wiki.test.raw --protocol gptq
       quick, on the language reference that Python carries:
         planish eval q4 --seqlen 512 --limit 16
+      what is right of questions, by lm-eval; without a network, from a folder of its YAML files:
+        planish eval q4 --tasks piqa,arc_easy,hellaswag
+        planish eval q4 --tasks mmlu --shots 5 --task-data ./tasks
+      how near to the float model the answers to chat prompts are, token by token:
+        planish eval q4 --agree org/name --prompts chats.jsonl
 
-    Non-overlapping windows, no BOS, float32 logits. The figure is kept in DIR/eval.json, for planish report.
+    Perplexity: non-overlapping windows, no BOS, float32 logits. Tasks need pip install planish[eval]. Figures are
+    kept in DIR/eval.json, for planish report.
     """
-    import planish
     from planish.card import refresh
     from planish.eval import record
 
@@ -64,15 +74,71 @@ def evaluate(
         raise PlanishError(f"no protocol {protocol!r}: there is gptq; without one no BOS is added")
     if protocol and limit:
         raise PlanishError(f"--protocol {protocol} measures the whole text; drop --limit")
-    loaded = planish.load(folder, device=device)
-    value = planish.perplexity(loaded, ppl, seqlen=seqlen, batch_size=batch_size, limit=limit, bos=protocol == "gptq")
-    if protocol:
-        ppl = f"{Path(ppl).name if Path(ppl).is_file() else ppl}, protocol {protocol}"
-    if (where := Path(folder)).is_dir():
-        before = record.read(where)
-        record.record_perplexity(where, ppl, seqlen, limit, value)
+    where = Path(folder)
+    before = record.read(where)
+    if ppl is None and (protocol or (tasks is None and agree is None)):
+        ppl = "embedded-eval"
+    if tasks is None and (shots is not None or task_data is not None):
+        raise PlanishError("--shots and --task-data say how --tasks are measured; give --tasks too")
+    if agree is None and prompts is not None:
+        raise PlanishError("--prompts says on what models agree; give the float one with --agree too")
+    _measure(folder, where, ppl, seqlen, protocol, tasks, shots, task_data, agree, prompts, limit, batch_size, device)
+    if where.is_dir():
         refresh(where, before)
-    say(f"perplexity {value:.4g}   ({ppl}, windows of {seqlen}{f', the first {limit}' if limit else ''})")
+
+
+def _measure(
+    folder: str, where: Path, ppl: str | None, seqlen: int, protocol: str | None, tasks: str | None,
+    shots: int | None, task_data: Path | None, agree: str | None, prompts: str | None, limit: int | None,
+    batch_size: int | None, device: str | None,
+) -> None:  # fmt: skip
+    """What `evaluate` was asked for, one after another; the float model is gone before the other comes."""
+    import planish
+    from planish.eval import record
+    from planish.eval.agreement import LIMIT
+    from planish.folder import tokenizer_of
+
+    said = None
+    if agree is not None:
+        float_model = planish.load(agree, device=device)
+        said = planish.reference(float_model, prompts, limit=limit or LIMIT, batch_size=batch_size)
+        del float_model
+    loaded = planish.load(folder, device=device)
+    if ppl is not None:
+        value = planish.perplexity(
+            loaded, ppl, seqlen=seqlen, batch_size=batch_size or 8, limit=limit, bos=protocol == "gptq"
+        )
+        if protocol:
+            ppl = f"{Path(ppl).name if Path(ppl).is_file() else ppl}, protocol {protocol}"
+        if where.is_dir():
+            record.record_perplexity(where, ppl, seqlen, limit, value)
+        say(f"perplexity {value:.4g}   ({ppl}, windows of {seqlen}{f', the first {limit}' if limit else ''})")
+    if tasks is not None:
+        names = [name for name in tasks.split(",") if name]
+        asked: Any = {"shots": shots, "limit": limit, "batch_size": batch_size, "task_data": task_data}
+        found = planish.evaluate(loaded, names, tokenizer=tokenizer_of(loaded), **asked)
+        if where.is_dir():
+            record.record_tasks(where, found, shots, limit)
+        say("\n".join(_task_lines(found)))
+    if said is not None:
+        near = planish.agreement(loaded, said, batch_size=batch_size)
+        if where.is_dir():
+            values = {**vars(near), "count": near.prompts}
+            del values["prompts"]
+            record.record_agreement(where, str(agree), said.name, values)
+        say(f"KL {near.kl:.4f} ± {near.kl_stderr:.4f} nats a token, top-1 {100 * near.top1:.2f} ± "
+            f"{100 * near.top1_stderr:.2f} %   ({near.prompts} prompts, {near.tokens} tokens)")  # fmt: skip
+
+
+def _task_lines(found: dict[str, dict[str, float]]) -> list[str]:
+    """A line a task: its first metric and standard error; and their mean."""
+    lines, firsts = [], []
+    for name, metrics in found.items():
+        metric, value = next(iter(metrics.items()), ("", float("nan")))
+        error = f" ± {metrics['stderr']:.4f}" if "stderr" in metrics else ""
+        lines.append(f"{name:<16} {metric} {value:.4f}{error}")
+        firsts.append(value)
+    return [*lines, f"{'mean':<16} {sum(firsts) / len(firsts):.4f}"] if len(firsts) > 1 else lines
 
 
 @app.command(no_args_is_help=True)

@@ -50,7 +50,7 @@ def perplexity(
     ids = text if isinstance(text, Tensor) else _tokens(model, text, tokenizer, bos)
     windows = data.split(ids, seqlen, "the text" if isinstance(text, Tensor) else str(text))[:limit]
     model.eval()
-    decoder, head = _parts(model, windows[0, :8])
+    decoder, head = parts(model, windows[0, :8])
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in windows.split(batch_size):
@@ -68,7 +68,7 @@ def _loss_sum(head: Any, hidden: Tensor, target: Tensor) -> Tensor:
     return total
 
 
-def _parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
+def parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
     """(ids -> hidden, hidden -> logits) of a model.
 
     Most models are a decoder and a linear head. Some scale or cap their logits: a few tokens tell, and

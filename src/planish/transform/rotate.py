@@ -14,6 +14,7 @@ Source: nothing behind it knows. Costs nothing when run, but that tied embedding
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,9 @@ class RotatedSource(Source):
     def names(self) -> list[str]:
         head = [f"{self.arch.head}.weight"] if self.untied else []
         return [*self.base.names(), *head]
+
+    def files(self) -> list[Path]:
+        return self.base.files()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.base.tokenizer()
