@@ -1,19 +1,26 @@
 """OmniQuant and what goes with it: quality on SmolLM2, time and memory of large blocks.
 
-    python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 [--tasks DIR] [--parts quality,blocks] [--tiny]
+    python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 --parts PART[,PART] [--settings S ...] [--keep DIR] [--tiny]
 
-quality   perplexity on validation and test text after calibration on the same 128 windows as every peer: clipping
-          alone at equal tokens and epochs, with channels scaled too, and with activations rounded beside RTN,
-          SmoothQuant and rotation alone; with --tasks the mean of seven zero-shot tasks of those.
-blocks    one block of Llama-2-7B and of Llama-2-70B shape: seconds of the fit at 128 x 2048 tokens and 20 epochs,
-          from a long and a short fit, and its peak memory; and the loop written plainly in PyTorch, one sample a step.
+clip, let     weights only: perplexity on validation and test text after calibration on the same 128 windows as every
+              peer, ranges clipped alone at equal tokens and epochs, and with channels scaled too.
+w6a6, w4a4    activations rounded too, beside RTN, SmoothQuant and rotation alone; `more` has variations.
+batches       the same epochs in steps of 1 to 16 samples.
+tasks         the mean of seven zero-shot tasks (--tasks DIR) of each model that was kept by --keep.
+blocks        one block of Llama-2-7B and of Llama-2-70B shape: seconds of the fit at 128 x 2048 tokens and 20 epochs,
+              scaled from a long and a short fit, and its peak memory; and the loop written plainly in PyTorch, one
+              sample a step, of which ten steps are timed.
 
---tiny is a dry run on a CPU. Settings may be named behind --settings, those of SETTINGS if not.
+Each setting prints a line of JSON as it is done, and each span of blocks one on stderr, so that a run that is cut off
+has told something. --settings takes some of a part's settings, or others. --tiny is a dry run on a CPU.
 """
 
 import argparse
 import datetime
 import json
+import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,65 +38,93 @@ import planish
 from planish.log import Event, versions
 
 # recipe:scheme[:key=value,...]; layers as REGEX=SCHEME behind a @
-CLIP = ["w4g128asym", "w3g128asym", "w2g128asym", "w2g64asym"]
-SETTINGS = [
-    "16-bit",
-    *[f"omniquant:{scheme}:let=false" for scheme in CLIP],
-    "omniquant:w2g128asym:let=false,augment=true",
-    "omniquant:w2g64asym:let=false,augment=true",
-    "omniquant:w3g128asym:preset=w3a16",
-    "omniquant:w2g64asym:preset=w2a16,epochs=20",
-    *[f"omniquant:{scheme}:let=true" for scheme in ("w3g128asym", "w2g64asym")],
-]
-ROUNDED = [
-    *[f"{recipe}:w6a6asym" for recipe in ("rtn", "smoothquant", "omniquant", "rotate+omniquant")],
-    *[f"{recipe}:w4a4asym" for recipe in ("rtn", "smoothquant", "rotate+rtn", "omniquant")],
-    "smoothquant:w4a4asym@down_proj=w4a4hasym",
-    "omniquant:w4a4asym@down_proj=w4a4hasym",
-    "omniquant:w4a4asym:alpha=0.5",
-    "omniquant:w4a4asym:preset=w4a4",
-    "rotate+omniquant:w4a4asym",
-    "rotate+rtn:w4a4asym@down_proj=w4a4hasym",
-    "rotate+omniquant:w4a4asym@down_proj=w4a4hasym",
-    "rotate+signround:w4a4asym@down_proj=w4a4hasym",
-    *[f"omniquant:{scheme}" for scheme in ("w8a8", "w4a8asym", "w4a4kv4asym")],
-]
+SCHEMES = ("w4g128asym", "w3g128asym", "w2g128asym", "w2g64asym")
+SETTINGS = {
+    "clip": [
+        "16-bit",
+        *[f"omniquant:{scheme}:let=false" for scheme in SCHEMES],
+        *[f"omniquant:{scheme}:let=false,augment=true" for scheme in ("w2g128asym", "w2g64asym")],
+        "omniquant:w3g128asym:preset=w3a16",
+        "omniquant:w2g64asym:preset=w2a16,epochs=20",
+    ],
+    "let": [f"omniquant:{scheme}:let={let}" for scheme in SCHEMES for let in ("false", "true")],
+    "w6a6": ["16-bit", *[f"{recipe}:w6a6asym" for recipe in ("rtn", "smoothquant", "omniquant", "rotate+omniquant")]],
+    "w4a4": [
+        "16-bit",
+        *[f"{recipe}:w4a4asym" for recipe in ("rtn", "smoothquant", "rotate+rtn", "omniquant", "rotate+omniquant")],
+        "rotate+rtn:w4a4asym@down_proj=w4a4hasym",
+        "rotate+omniquant:w4a4asym@down_proj=w4a4hasym",
+    ],
+    "more": [
+        "smoothquant:w4a4asym@down_proj=w4a4hasym",
+        "omniquant:w4a4asym@down_proj=w4a4hasym",
+        "omniquant:w4a4asym:alpha=0.5",
+        "omniquant:w4a4asym:preset=w4a4",
+        "rotate+signround:w4a4asym@down_proj=w4a4hasym",
+        *[f"omniquant:{scheme}" for scheme in ("w8a8", "w4a8asym", "w4a4kv4asym")],
+    ],
+    "batches": [
+        *[f"omniquant:w3g128asym:let=false,batch_size={size}" for size in (1, 4, 8, 16)],
+        *[f"omniquant:w4a4asym:batch_size={size}" for size in (1, 4, 8)],
+    ],
+    "blocks": [f"{shape}:{kind}" for shape in ("7B", "70B") for kind in ("clip", "let")],
+}
 EPOCHS, SAMPLES = 20, 128
 
 
-def quantized(model: str, setting: str, windows: Tensor, device: str, few: dict[str, Any]) -> tuple[Any, dict]:
-    """The model of a setting, and what making it took."""
+def told(setting: str) -> Callable[[Event], None]:
+    """A line on stderr for each span of blocks."""
+
+    def progress(event: Event) -> None:
+        loss = "" if event.after is None else f", loss {event.before:.4g} to {event.after:.4g}"
+        at = f"{event.index}/{event.total}, {event.seconds:.1f} s"
+        print(f"{setting}: {at}{loss} {event.note}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def quantized(setting: str, windows: Tensor, device: str, args: argparse.Namespace) -> tuple[Any, dict]:
+    """The model of a setting, and what making it took; its folder is kept if asked for."""
     if setting == "16-bit":
-        return planish.load(model, device=device), {}
+        return planish.load(args.model, device=device), {}
     words, _, layers = setting.partition("@")
     recipe, scheme, *rest = words.split(":")
     keys: dict[str, Any] = dict(pair.split("=") for pair in rest[0].split(",")) if rest else {}
-    if "omniquant" in recipe or "signround" in recipe:
-        keys = {**few, **keys}
-    events: list[Event] = []
-    made = planish.quantize(
-        model, recipe, scheme, data=windows, samples=len(windows), seqlen=windows.shape[1], device=device,
-        progress=events.append, layers=(layers,) if layers else (), **keys,
-    )  # fmt: skip
-    return made, {"seconds": round(events[-1].seconds, 1), "peak_mib": round(events[-1].peak_bytes / 2**20)}
+    if args.tiny and ("omniquant" in recipe or "signround" in recipe):
+        keys["steps"] = 2
+    with tempfile.TemporaryDirectory() as folder:
+        out = (args.keep or Path(folder)) / re.sub(r"\W+", "_", setting)
+        made = planish.quantize_to(
+            args.model, out, recipe, scheme, data=windows, samples=len(windows), seqlen=windows.shape[1],
+            device=device, format="native", progress=told(setting), layers=(layers,) if layers else (),
+            overwrite=True, **keys,
+        )  # fmt: skip
+        loaded = planish.load(out, device=device)
+    figures = made.figures
+    return loaded, {"seconds": round(figures["seconds"], 1), "peak_mib": round(figures["peak_bytes"] / 2**20)}
 
 
-def quality(args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
+def quality(part: str, args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train, test = (read(args.data / name, tokenizer) for name in ("wiki.train.part.raw", "wiki.test.raw"))
-    valid = read(args.data / "wiki.valid.tokens", tokenizer)
+    train, valid = (read(args.data / name, tokenizer) for name in ("wiki.train.part.raw", "wiki.valid.tokens"))
+    texts = {"valid": valid} if args.tiny else {"valid": valid, "test": read(args.data / "wiki.test.raw", tokenizer)}
     windows, limit = random_windows(train, 4 if args.tiny else SAMPLES), 2 if args.tiny else None
     seqlen = 64 if args.tiny else SEQLEN
-    few: dict[str, Any] = {"steps": 2} if args.tiny else {}
-    for setting in args.settings or [*SETTINGS, *ROUNDED]:
-        made, row = quantized(args.model, setting, windows[:, :seqlen], device, few)
-        texts = {"valid": valid} if args.tiny else {"valid": valid, "test": test}
+    for setting in args.settings or SETTINGS[part]:
+        made, row = quantized(setting, windows[:, :seqlen], device, args)
         for name, ids in texts.items():
             row[f"{name}_perplexity"] = round(planish.perplexity(made, ids, limit=limit, seqlen=seqlen), 3)
-        if args.tasks and (setting in ROUNDED or setting == "16-bit"):
-            row["tasks"] = zero_shot.scores(made, tokenizer, args.tasks, 2 if args.tiny else args.questions)
         keep({"setting": setting, **row})
         del made
+
+
+def tasks(part: str, args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    for folder in (Path(args.model), *sorted(args.keep.iterdir())):
+        name = "16-bit" if folder == Path(args.model) else folder.name
+        if not args.settings or name in args.settings:
+            scores = zero_shot.scores(planish.load(folder, device=device), tokenizer, args.tasks, args.questions)
+            keep({"model": name, **scores})
 
 
 class Plain(nn.Module):
@@ -147,39 +182,46 @@ def plain_step(model: Any, tokens: int, device: str, group: int, act_bits: int) 
     return block_ap.timed(step, 2 if device == "cpu" else 10, device)
 
 
-def blocks(args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
-    tokens, steps, batch = (32, 4, 4) if args.tiny else (2048, 48, 4)
-    count = 12 if args.tiny else SAMPLES
-    for shape in ["tiny"] if args.tiny else ["7B", "70B"]:
-        for kind, scheme, keys in (("clip", "w3g32asym" if args.tiny else "w3g128asym", {"let": False}),
-                                   ("clip and scale", "w4a4asym", {})):  # fmt: skip
-            model = block_ap.one_block(shape, device)
-            ids = torch.randint(0, 4096, (count, tokens), generator=torch.Generator().manual_seed(1))
-            took = []
-            for length in (steps // 4, steps // 4, steps):  # the first compiles
-                block_ap.peak(device, reset=True)
-                start = time.perf_counter()
-                planish.quantize(model, "omniquant", scheme, data=ids, samples=count, seqlen=tokens, steps=length,
-                                 span=1, batch_size=batch, storage="device", device=device, **keys)  # fmt: skip
-                block_ap.synchronize(device)
-                took.append(time.perf_counter() - start)
-            most = block_ap.peak(device)
-            step = (took[2] - took[1]) / (steps - steps // 4)
-            seconds = took[1] + step * (EPOCHS * SAMPLES / batch - steps // 4)
-            group = 0 if "a4" in scheme else (32 if args.tiny else 128)
-            block_ap.peak(device, reset=True)
-            plain = plain_step(model, tokens, device, group, 4 if "a4" in scheme else 16)
-            keep({
-                "shape": shape, "kind": kind, "scheme": scheme, "step_ms": round(1e3 * step, 2), "batch": batch,
-                "sample_ms": round(1e3 * step / batch, 2), "around_seconds": round(took[1], 1), "peak_gb": most,
-                "block_seconds": round(seconds), "model_hours": round(seconds * block_ap.BLOCKS[shape] / 3600, 2),
-                "plain_sample_ms": round(1e3 * plain, 2), "plain_peak_gb": block_ap.peak(device),
-                "times_faster": round(plain * batch / step, 2),
-            })  # fmt: skip
-            del model
+def ours(setting: str, model: Any, count: int, steps: int, batch: int, tokens: int, device: str) -> float:
+    """Seconds of a fit of so many steps, everything around it included."""
+    scheme, keys = ("w4a4asym", {}) if setting.endswith("let") else ("w3g128asym", {"let": False})
+    scheme = "w3g32asym" if device == "cpu" and "g128" in scheme else scheme
+    ids = torch.randint(0, 4096, (count, tokens), generator=torch.Generator().manual_seed(1))
+    start = time.perf_counter()
+    planish.quantize(
+        model, "omniquant", scheme, data=ids, samples=count, seqlen=tokens, steps=steps, span=1, batch_size=batch,
+        storage="device", device=device, progress=told(setting), **keys,
+    )  # fmt: skip
+    block_ap.synchronize(device)
+    return time.perf_counter() - start
 
 
-PARTS = {"quality": quality, "blocks": blocks}
+def blocks(part: str, args: argparse.Namespace, device: str, keep: Callable[[dict], None]) -> None:
+    tokens, steps, batch, count = (32, 8, 4, 12) if args.tiny else (2048, 48, 4, SAMPLES)
+    for setting in args.settings or (["tiny:clip", "tiny:let"] if args.tiny else SETTINGS["blocks"]):
+        shape, kind = setting.split(":")
+        model, short = block_ap.one_block(shape, device), steps // 4
+        warm = ours(setting, model, 8, short, batch, tokens, device)  # compiles
+        block_ap.peak(device, reset=True)
+        little, much = (ours(setting, model, count, length, batch, tokens, device) for length in (short, steps))
+        step = (much - little) / (steps - short)
+        seconds = little + step * (EPOCHS * SAMPLES / batch - short)
+        row = {
+            "shape": shape, "kind": kind, "step_ms": round(1e3 * step, 2), "batch": batch,
+            "sample_ms": round(1e3 * step / batch, 2), "warm_up_seconds": round(warm, 1),
+            "around_seconds": round(little - short * step, 1), "peak_gb": block_ap.peak(device),
+            "block_seconds": round(seconds), "model_hours": round(seconds * block_ap.BLOCKS[shape] / 3600, 2),
+        }  # fmt: skip
+        print(json.dumps(row), file=sys.stderr, flush=True)  # before the plain loop, which may find no room
+        block_ap.peak(device, reset=True)
+        group, act_bits = (0, 4) if kind == "let" else (32 if args.tiny else 128, 16)
+        plain = plain_step(model, tokens, device, group, act_bits)
+        times = {"plain_sample_ms": round(1e3 * plain, 2), "times_faster": round(plain * batch / step, 2)}
+        keep({**row, **times, "plain_peak_gb": block_ap.peak(device)})
+        del model
+
+
+PARTS = {**dict.fromkeys(SETTINGS, quality), "tasks": tasks, "blocks": blocks}
 
 
 def main() -> None:
@@ -187,10 +229,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--parts", default="clip,let,w6a6,w4a4,blocks", help=", ".join(PARTS))
+    parser.add_argument("--settings", nargs="*", help="instead of a part's own")
+    parser.add_argument("--keep", type=Path, help="folder for the quantized models, a folder each")
+    parser.add_argument("--tasks", type=Path, help="folder of the zero-shot tasks")
     parser.add_argument("--questions", type=int, help="of each task, all if not given")
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--settings", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
@@ -209,7 +252,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 
-        PARTS[name](args, device, keep)
+        PARTS[name](name, args, device, keep)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ def test_law_4_rotation_preserves_the_model_or_is_refused(family: str, tied: boo
             Rotate().of(open_source(model))
         return
     source = Rotate().of(open_source(model.double()))
+    assert source.turns.rows, "each head's values are turned, in a fused linear too"
     turned = source.skeleton()
     source.load(turned, "", "cpu", torch.float64)
     wanted = model(IDS, use_cache=False).logits

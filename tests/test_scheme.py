@@ -64,6 +64,7 @@ def test_what_is_no_scheme(text: str, said: str) -> None:
         ("w4g128a8", "w4g128a8", (128, 8, False, 16)),
         ("w4a8g64sym", "w4g64a8", (64, 8, False, 16)),
         ("w4a4kv4", "w4pca4kv4", (None, 4, False, 4)),
+        ("w4a4hkv4h", "w4pca4hkv4h", (None, 4, False, 4)),
         ("w4a4h", "w4pca4h", (None, 4, False, 16)),
         ("w4kv8", "w4g128kv8", (128, 16, False, 8)),
         ("W4A4_ASYM", "w4pca4asym", (None, 4, False, 16)),

@@ -53,6 +53,7 @@ def test_what_is_chosen_is_what_loads(target: str) -> None:
         ("vllm", "w4g128", "compressed_tensors"),
         ("vllm", "w2g64", "compressed_tensors"),
         ("sglang", "w4g128", "compressed_tensors"),
+        ("vllm", "w8a8s", "compressed_tensors_int"),
         ("transformers", "w2g64asym", "auto_round"),
         ("llama.cpp", "w3g64", "gguf"),
     ],
@@ -74,6 +75,9 @@ def test_a_group_that_strict_formats_refuse_is_held_by_the_next_one() -> None:
         (every("w4g128"), {"tp": 8}, "o_proj: cut over 8 GPUs in vllm, 64 inputs each, groups of 128 are split"),
         (every("w4g128"), {"tp": 3}, "q_proj: its 512 outputs can't be cut over 3 GPUs"),
         (every("w4g128"), {"tp": 0}, "--tp 0; at least 1 GPU"),
+        (every("w4a4"), {}, "q_proj: vllm can't load w4pca4 as compressed_tensors; of that it reads w2, w3, w4,"),
+        (every("w4a4"), {"format": "compressed_tensors_int"}, "can't load w4pca4 as compressed_tensors_int; of that it "
+         "reads w8a8"),
         (every("w4g128"), {"format": "gguf"}, "vllm doesn't read gguf; use --format compressed_tensors"),
         (every("w4g96"), {}, "groups of 96"),
     ],

@@ -3,9 +3,11 @@
 Registered with transformers under a name of its own, planish_kv4, beside its own functions, which stay as they are;
 a model takes it by its configuration, as it takes sdpa. Rounding comes after rotary embeddings, and what lies in a
 cache is what came in: a token's values are the same however it came there. While blocks are fitted it is taken for
-as long as they are. Knows nothing of weights.
+as long as they are. Turned by one Hadamard matrix, query and key keep their products and lose outliers (R3 of
+QuaRot, arXiv 2404.00456). Knows nothing of weights.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +24,19 @@ from planish.scheme import Activations, Scheme
 
 
 def heads_of(schemes: Mapping[str, Scheme]) -> Activations | None:
-    """How heads are rounded; None if they aren't.
+    """How heads are rounded (turned: query and key only); None if they aren't.
 
     Raises:
         PlanishError: if not alike in all layers.
     """
-    found = {(how.kv_bits, how.symmetric) for s in schemes.values() if (how := s.activations) and how.kv_bits < 16}
+    found = {
+        Activations(bits=how.kv_bits, symmetric=how.symmetric, turned=how.kv_turned)
+        for scheme in schemes.values()
+        if (how := scheme.activations) and how.kv_bits < 16
+    }
     if len(found) > 1:
         raise PlanishError("query, key and value are rounded alike in all layers; give one kv in all schemes")
-    return next((Activations(bits=bits, symmetric=symmetric) for bits, symmetric in found), None)
+    return next(iter(found), None)
 
 
 def check_heads(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
@@ -48,10 +54,13 @@ def check_heads(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
 
 def name_of(how: Activations) -> str:
     """The name of the attention that rounds heads so, registered by now."""
-    name = f"planish_kv{how.bits}{'s' * how.symmetric}"
+    name = f"planish_kv{how.bits}{'s' * how.symmetric}{'h' * how.turned}"
+    plain = dataclasses.replace(how, turned=False)
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rounded: Any = [fake_quantize_tokens(heads, how) for heads in (query, key, value)]
+        # values are turned in their weights, if at all: see `transform.rotate`
+        ways = ((query, how), (key, how), (value, plain))
+        rounded: Any = [fake_quantize_tokens(heads, way) for heads, way in ways]
         return sdpa_attention_forward(module, *rounded, *args, **kwargs)
 
     if name not in ALL_ATTENTION_FUNCTIONS:

@@ -10,6 +10,7 @@ A scheme is written as the field writes it:
     w4a4       activations of 4 bits too, each token by its own range; weights by output channel
     w8a8s, w4g128a8, w4a4kv4: activations symmetric; groups of 128; query, key and value in 4 bits too
     w4a4h      inputs turned by a Hadamard matrix first, where that loses less
+    w4a4kv4h   query and key of each head turned before they are rounded
 
 This file knows nothing of models or methods.
 """
@@ -25,7 +26,7 @@ BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 DEFAULT_GROUP = 128
 
-_ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?(?P<turned>h)?)?(?:kv(?P<kv>\d+))?"
+_ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?(?P<turned>h)?)?(?:kv(?P<kv>\d+)(?P<kvturned>h)?)?"
 _GROUP = r"(?:g(?P<group{0}>\d+)|(?P<pc{0}>pc))?"
 _PATTERN = re.compile(
     rf"w(?P<bits>\d+){_GROUP.format(1)}{_ACTIVATIONS}{_GROUP.format(2)}_?(?P<sym>asym|sym)?"
@@ -40,12 +41,14 @@ class Activations:
         bits: of its inputs, 4 to 8, or 16 to leave them.
         symmetric: without a zero point. turned: multiplied by a Hadamard matrix before they are rounded.
         kv_bits: of query, key and value in its block, each head of a token by its own range; 16 to leave them.
+        kv_turned: query and key are turned before they are rounded, which leaves their products.
     """
 
     bits: int = 16
     symmetric: bool = False
     turned: bool = False
     kv_bits: int = 16
+    kv_turned: bool = False
 
     def __post_init__(self) -> None:
         for what, bits in (("activations", self.bits), ("query, key and value", self.kv_bits)):
@@ -54,7 +57,7 @@ class Activations:
 
     def __str__(self) -> str:
         inputs = f"a{self.bits}{'s' * self.symmetric}{'h' * self.turned}"
-        heads = f"kv{self.kv_bits}" if self.kv_bits < 16 else ""
+        heads = f"kv{self.kv_bits}{'h' * self.kv_turned}" if self.kv_bits < 16 else ""
         return heads if heads and self.bits == 16 else inputs + heads
 
 
@@ -104,6 +107,7 @@ class Scheme:
                 symmetric=bool(match["even"]),
                 turned=bool(match["turned"]),
                 kv_bits=int(match["kv"] or 16),
+                kv_turned=bool(match["kvturned"]),
             )
         group = None if whole or (rounded and not size) else int(size or DEFAULT_GROUP)
         return cls(

@@ -126,6 +126,8 @@ class Source(ABC):
                 wanted[self._ties.get(full, [full])[0]] = name, dtype or parameter.dtype
         for full, tensor in self._read(wanted):
             name, kind = wanted[full]
+            if kind.is_floating_point and not tensor.is_floating_point():
+                raise PlanishError(f"{self.label}: {full} holds codes, but config.json names no scheme for it")
             real = self._taken(full, tensor, device, kind if tensor.is_floating_point() else None)
             filled = nn.Parameter(real, requires_grad=False)
             put(module, name, filled)
@@ -259,7 +261,13 @@ class FolderSource(Source):
                     f"{self.label}: the tensor {name} is missing; get the checkpoint again, "
                     "or load it with transformers and pass the model"
                 )
-            self._check_place(name, place, parameter)
+            if not (quantized and place.dtype == "I8" and self._holds_codes(name)):
+                self._check_place(name, place, parameter)
+
+    def _holds_codes(self, name: str) -> bool:
+        """Is a weight on disk codes of a byte each? Which scale they have is said beside them."""
+        owner, _, leaf = name.rpartition(".")
+        return leaf == "weight" and f"{owner}.weight_scale" in self._places
 
     def _check_place(self, name: str, place: Place, wanted: Tensor) -> None:
         if place.shape != wanted.shape:

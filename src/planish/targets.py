@@ -5,6 +5,7 @@ it is called and where that was seen: run by us, or read in the source named, ne
 format from here and refuses, before any work, a scheme that couldn't be loaded there. Knows nothing of methods.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,18 +24,29 @@ class Loader:
 
     Args:
         bits, symmetric: the schemes. how: what to type; {path} is the folder. checked: version and how that is known.
+        activations: bits to which it rounds them, by tokens, for weights of one scale a row; if empty they stay in 16.
     """
 
     target: str
     format: str
     bits: tuple[int, ...] = EVERY
     symmetric: tuple[bool, ...] = BOTH
+    activations: tuple[int, ...] = ()
     how: str
     checked: str
 
     def takes(self, scheme: Scheme) -> bool:
-        plain = scheme.activations is None or self.format == "native"
-        return plain and scheme.bits in self.bits and scheme.symmetric in self.symmetric
+        how = scheme.activations
+        rounds = how is None and not self.activations
+        if how is not None and self.activations:
+            rounds = how.bits in self.activations and scheme.group_size is None
+        return (rounds or self.format == "native") and scheme.bits in self.bits and scheme.symmetric in self.symmetric
+
+    @property
+    def grids(self) -> list[str]:
+        """What it reads, for people."""
+        each = itertools.product(self.bits, [f"a{bits}" for bits in self.activations] or [""], self.symmetric)
+        return [f"w{bits}{rounded}{'' if even else ' asym'}" for bits, rounded, even in each]
 
 
 _HUMMING = "pip install humming-kernels; vllm serve {path}"
@@ -46,6 +58,8 @@ LOADERS = (
            how="vllm serve {path}", checked="not run; vLLM's compressed_tensors_wNa16 scheme"),
     Loader(target="vllm", format="compressed_tensors", bits=(2, 3), symmetric=(True,),
            how=_HUMMING, checked="not run; vLLM PR #46389"),
+    Loader(target="vllm", format="compressed_tensors_int", bits=(8,), symmetric=(True,), activations=(8,),
+           how="vllm serve {path}", checked="not run; vLLM's compressed_tensors_w8a8_int8 scheme"),
     Loader(target="vllm", format="auto_round", symmetric=(True,), how=_HUMMING, checked="not run; vLLM PR #52890"),
     Loader(target="vllm", format="gptq", bits=(4, 8), symmetric=(True,),
            how="vllm serve {path}", checked="not run; vLLM's AutoGPTQConfig"),
@@ -66,6 +80,9 @@ LOADERS = (
     Loader(target="transformers", format="compressed_tensors", symmetric=(False,),
            how=f"pip install compressed-tensors; {_PIPED[:-1]}, quantization_config=CompressedTensorsConfig("
            "dequantize=True))", checked="compressed-tensors 0.20.0 with transformers 5.23, run"),
+    Loader(target="transformers", format="compressed_tensors_int", bits=(4, 8), symmetric=(True,), activations=(4, 8),
+           how=f"pip install compressed-tensors; {_PIPED}",
+           checked="compressed-tensors 0.20.0 with transformers 5.23, run"),
     Loader(target="transformers", format="awq", bits=(4,),
            how=f"pip install optimum gptqmodel; {_PIPED}", checked="not run; transformers' AwqQuantizer"),
     Loader(target="transformers", format="native", bits=BITS,
@@ -161,9 +178,7 @@ def _check(
     loaders = [loader for loader in LOADERS if (loader.target, loader.format) == (target, format)]
     for layer, scheme in schemes.items():
         if scheme is not None and not any(loader.takes(scheme) for loader in loaders):
-            grids = sorted(
-                {f"w{bits}{'' if sym else ' asym'}" for x in loaders for bits in x.bits for sym in x.symmetric}
-            )
+            grids = sorted({grid for loader in loaders for grid in loader.grids})
             raise UnsupportedScheme(
                 f"{layer}: {target} can't load {scheme} as {format}; of that it reads {', '.join(grids)}"
             )

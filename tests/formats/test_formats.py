@@ -23,7 +23,7 @@ def refused(name: str, scheme: Scheme, shape: tuple[int, int]) -> bool:
     if name == "native" or name in READ_ONLY:
         return name in READ_ONLY
     ragged = shape[1] % scheme.group_in(shape[1]) != 0
-    if name == "compressed_tensors":
+    if name.startswith("compressed_tensors"):
         return ragged
     return ragged or shape[0] % 32 != 0 or shape[1] % 32 != 0 or (name == "gptq" and not scheme.symmetric)
 
@@ -119,6 +119,7 @@ HELD = {
     "gptq": {"one scheme", "whole rows", "one part in 16 bits"},
     "gptq_v2": {"one scheme", "asymmetric", "whole rows", "one part in 16 bits"},
     "compressed_tensors": set(CASES),
+    "compressed_tensors_int": set(CASES),
     "awq": set(),
 }
 
@@ -164,7 +165,7 @@ def test_auto_is_native_for_ragged_groups() -> None:
     [
         (
             {"quant_method": "bitsandbytes"},
-            "'bitsandbytes'.*native, auto_round, gptq, gptq_v2, compressed_tensors, awq",
+            "'bitsandbytes'.*native, auto_round, gptq, gptq_v2, compressed_tensors, compressed_tensors_int, awq",
         ),
         ({"quant_method": "gptq", "checkpoint_format": "gptq_p"}, "gptq of dialect gptq_p"),
         ({}, "None"),

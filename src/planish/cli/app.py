@@ -57,7 +57,10 @@ Tokens = Annotated[int | None, optional("Tokens of a window; 2048 unless the pre
 BatchSize = Annotated[int | None, optional("Windows a step; the recipe's own if not given.")]
 Revision = Annotated[str | None, optional("Of a hub model.")]
 Storage = Annotated[str, Option(help="Where activations wait: auto, device, host, disk.")]
-Format = Annotated[str, Option(help="On disk: auto, auto_round, gptq, gptq_v2, compressed_tensors, native, gguf.")]
+Format = Annotated[
+    str,
+    Option(help="On disk: auto, auto_round, gptq, gptq_v2, compressed_tensors, compressed_tensors_int, native, gguf."),
+]
 Target = Annotated[str | None, optional("Who shall load it: vllm, sglang, transformers, llama.cpp.")]
 TensorParallel = Annotated[int, Option("--tp", help="GPUs that vllm or sglang will cut a layer for.")]
 Out = Annotated[Path | None, optional("Folder to write; must be new or empty.")]

@@ -5,6 +5,7 @@ auto_round          auto-round in transformers; vLLM if symmetric
 gptq                GPTQ v1 (zero points stored as z - 1): GPTQModel, vLLM, SGLang; symmetric only
 gptq_v2             GPTQ v2 (zero points as they are): GPTQModel
 compressed_tensors  pack-quantized: vLLM, SGLang, compressed-tensors in transformers
+compressed_tensors_int  int-quantized: the same with activations rounded, each token as it comes
 awq                 read only
 
 DIALECTS are spellings of these that others write and we only read.
@@ -20,6 +21,7 @@ from planish.formats.awq import awq
 from planish.formats.compressed_tensors import compressed_tensors
 from planish.formats.format import Format
 from planish.formats.gptq import dialect, gptq, gptq_v2
+from planish.formats.int_quantized import int_quantized
 from planish.formats.native import native
 from planish.scheme import Scheme
 
@@ -29,6 +31,7 @@ FORMATS = {
     "gptq": gptq,
     "gptq_v2": gptq_v2,
     "compressed_tensors": compressed_tensors,
+    "compressed_tensors_int": int_quantized,
     "awq": awq,
 }
 
@@ -95,7 +98,8 @@ def _refuse_activations(format: Format, layer: str, scheme: Scheme) -> None:
     """What only the native format can say."""
     if scheme.activations is not None and not format.activations:
         raise UnsupportedScheme(
-            f"{layer}: {format.name} can't say that activations are rounded ({scheme}); use --format native"
+            f"{layer}: {format.name} can't say that activations are rounded ({scheme}); use --format "
+            + ("compressed_tensors_int or native" if format.name == "compressed_tensors" else "native")
         )
     if scheme.bits not in format.bits:
         raise UnsupportedScheme(f"{layer}: {format.name} has no codes of {scheme.bits} bits; use --format native")

@@ -19,8 +19,9 @@ A target is a layer's name, a regex after "re:", or a class. We write names: no 
 vision tower stay in 16 bits, and vLLM compares a layer's class before the parts of a fused layer.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ from planish.formats.format import Format
 from planish.formats.gptq import check_groups, in_order, read_order, scheme_of, take_scale
 from planish.formats.layers import most_common, take
 from planish.guard import Patterns
-from planish.scheme import Scheme
+from planish.scheme import Activations, Scheme
 
 NAME = "compressed_tensors"
-METHOD, PACKED = "compressed-tensors", "pack-quantized"
+METHOD, PACKED, INT = "compressed-tensors", "pack-quantized", "int-quantized"
 HEAD, CLASS = "re:.*lm_head$", "Linear"
 
 
@@ -144,6 +145,16 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
         PlanishError: for another format than `pack-quantized`, quantized activations or KV cache, sparse or
             rotated weights, or anything else that isn't integer codes in groups or channels.
     """
+    return schemes_of_format(config, shapes, PACKED, _no_activations)
+
+
+def schemes_of_format(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, int]],
+    format: str,
+    activations: Callable[[str, Mapping[str, Any]], Activations | None],
+) -> dict[str, Scheme]:
+    """The same for any of compressed-tensors' formats of integers; `activations` reads how a group's are rounded."""
     _refuse_more(config)
     groups = {target: group for group in config.get("config_groups", {}).values() for target in _targets(group)}
     ignore = config.get("ignore") or ()
@@ -151,7 +162,8 @@ def schemes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
     for layer in shapes:
         target = None if _match(layer, ignore, regexes) else _match(layer, groups, regexes)
         if target is not None:
-            found[layer] = _readable(layer, {"format": config.get("format"), **_said(groups[target])})
+            group = {"format": config.get("format"), **_said(groups[target])}
+            found[layer] = dataclasses.replace(_readable(layer, group, format), activations=activations(layer, group))
     return found
 
 
@@ -187,23 +199,28 @@ def _refuse_more(config: Mapping[str, Any]) -> None:
             raise PlanishError(f"the model has {what} ({METHOD}), which Planish doesn't read; quantize the original")
 
 
-def _readable(layer: str, group: Mapping[str, Any]) -> Scheme:
+def _readable(layer: str, group: Mapping[str, Any], format: str) -> Scheme:
     weights = _said(group["weights"])
     bits, size, kind = weights.get("num_bits", 8), weights.get("group_size"), weights.get("type", "int")
     strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
-    if group["format"] != PACKED or kind != "int" or strategy not in ("group", "channel"):
+    if group["format"] != format or kind != "int" or strategy not in ("group", "channel"):
         raise PlanishError(
             f"{layer} is stored as {group['format']!r} ({bits}-bit {kind}, a scale for each {strategy}); of {METHOD} "
-            f"Planish reads only {PACKED!r} integers in groups or channels"
+            f"Planish reads only {format!r} integers in groups or channels"
         )
-    if "input_activations" in group or "output_activations" in group:
-        raise PlanishError(f"{layer} has quantized activations ({METHOD}); Planish reads only weights with 16-bit ones")
     return Scheme(bits=bits, group_size=size if strategy == "group" else None, symmetric=weights.get("symmetric", True))
 
 
+def _no_activations(layer: str, group: Mapping[str, Any]) -> None:
+    if "input_activations" in group or "output_activations" in group:
+        raise PlanishError(
+            f"{layer} has quantized activations beside packed weights ({METHOD}); Planish reads only 16-bit ones there"
+        )
+
+
 def detect(config: Mapping[str, Any]) -> bool:
-    """Is this configuration compressed-tensors'?"""
-    return config.get("quant_method") == METHOD
+    """Is this configuration compressed-tensors', and none of `int_quantized`?"""
+    return config.get("quant_method") == METHOD and config.get("format") != INT
 
 
 compressed_tensors = Format(

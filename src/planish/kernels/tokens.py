@@ -3,10 +3,10 @@
 
     s, z from a token's own ends,   x_hat = s * (clamp(round(x / s) + z, 0, 2^b - 1) - z)
 
-Rounding by ordinary operations takes some 40 passes over x, forward and backward; these read it twice and three
-times, from the cache as a rule, and write once. The ops' eager definitions are the slow twins: the forward equals
-them bit for bit, gradients are the same terms summed in another, fixed order. A program takes some rows and walks them
-in chunks. Needs triton: `planish.kernels` imports it where there is one.
+Rounding by ordinary operations takes some 40 launches, forward and backward; these take one each, which read x twice
+and three times, from the cache as a rule, and write once. The ops' eager definitions are the slow twins: the forward
+equals them bit for bit, gradients are the same terms summed in another, fixed order. A program takes some rows and
+walks them in chunks. Needs triton: `planish.kernels` imports it where there is one.
 """
 
 import torch

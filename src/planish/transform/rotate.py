@@ -61,6 +61,7 @@ class Turns:
     Args:
         readers: linear -> the norm that feeds it. writers: linears whose rows are turned.
         units: of each norm, see `edges.Move`. rows, columns: width of the heads of v, and of o.
+        values: of a linear in rows, which of its rows are v's; a fused one gives query and key too.
     """
 
     readers: Mapping[str, str]
@@ -68,6 +69,7 @@ class Turns:
     units: Mapping[str, float]
     rows: Mapping[str, int]
     columns: Mapping[str, int]
+    values: Mapping[str, Tensor]
 
 
 class RotatedSource(Source):
@@ -186,9 +188,10 @@ def _turn(
     if leaf == "weight" and module in turns.columns:
         value = turn(value.unflatten(1, (-1, turns.columns[module]))).flatten(1)
     if module in turns.rows:
-        across = value.unsqueeze(0) if leaf == "bias" else value.T
-        value = turn(across.unflatten(1, (-1, turns.rows[module]))).flatten(1)
-        value = value[0] if leaf == "bias" else value.T
+        across, at = value.unsqueeze(0) if leaf == "bias" else value.T, turns.values[module]
+        heads = turn(across[:, at].unflatten(1, (-1, turns.rows[module]))).flatten(1)
+        across = across.index_copy(1, at.to(across.device), heads)
+        value = across[0] if leaf == "bias" else across.T
     if module in turns.writers:
         value = turn(value, signs) if leaf == "bias" else turn(value.T, signs).T
     return value
@@ -206,12 +209,11 @@ def _turns_of(base: Source, arch: Arch, how: Rotate) -> Turns:
         if move.how == "down" and move.leaf == "weight"
         for name in edge.takes
     }
-    rows, columns = dict[str, int](), dict[str, int]()
+    rows, columns, values = dict[str, int](), dict[str, int](), dict[str, Tensor]()
     for edge in edges if how.values else ():
         giver = edge.moves[0].module
-        # a fused linear gives query and key too, which aren't turned
-        if edge.kind == VALUE and edge.width and edge.size == block.get_submodule(giver).out_features:
-            rows[giver] = edge.width
+        if edge.kind == VALUE and edge.width:
+            rows[giver], values[giver] = edge.width, (edge.moves[0].index >= 0).nonzero().flatten()
             columns |= dict.fromkeys(edge.takes, edge.width)
     width = hidden.shape[-1]
     writers = {
@@ -219,7 +221,8 @@ def _turns_of(base: Source, arch: Arch, how: Rotate) -> Turns:
         for name, part in block.named_modules()
         if isinstance(part, nn.Linear) and part.out_features == width and name not in readers
     }
-    return Turns(readers=readers, writers=frozenset(writers), units=norms, rows=rows, columns=columns)
+    return Turns(readers=readers, writers=frozenset(writers), units=norms, rows=rows, columns=columns,
+                 values=values)  # fmt: skip
 
 
 def _first_block(base: Source, arch: Arch) -> tuple[nn.Module, Tensor, dict[str, Any]]:
