@@ -146,6 +146,23 @@ def test_a_quantized_layer_that_data_lets_be_q3_k(quantized: Quantized, tmp_path
     assert torch.allclose(by_transformers(out), ours, atol=1e-4 * float(ours.abs().max()))
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "signround", "planish"])
+def test_scales_that_share_one_are_q3_k_whatever_trained_them(
+    tiny_llama: Callable[..., Path], tmp_path: Path, recipe: str
+) -> None:
+    model, out = tiny_llama(hidden_size=256, intermediate_size=512), tmp_path / "out"
+    few = {"rtn": {}, "signround": {"steps": 3}, "planish": {"steps": 3, "e2e_epochs": 1}}[recipe]
+    planish.quantize_to(str(model), out, recipe, "w3g16k", target="llama.cpp", samples=16, seqlen=16,
+                        device="cpu", **few)  # fmt: skip
+    folder = QuantizedFolder.open(out)
+    assert folder is not None and {str(scheme) for scheme in folder.schemes.values()} == {"w3g16k", "w8g32"}
+    kinds = types_of(folder)
+    assert {kinds[name] for name, scheme in folder.schemes.items() if scheme.bits == 3} == {"Q3_K"}
+    ours = logits(planish.load(out, device="cpu", dtype=torch.float32).eval())
+    theirs = by_transformers(out / "model.gguf")
+    assert torch.allclose(theirs, ours, atol=1e-4 * float(ours.abs().max()))
+
+
 def test_rope_scaling_goes_along(quantized: Quantized, tmp_path: Path) -> None:
     folder = quantized(rope_parameters=LLAMA3)
     out = write_gguf(folder, tmp_path / "m.gguf")

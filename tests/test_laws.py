@@ -47,6 +47,7 @@ SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
     for bits, group, symmetric in itertools.product([2, 3, 4, 6, 8], [32, 64, 128, None], [True, False])
 ]
+SCHEMES.append(Scheme.parse("w3g16k"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # one that all groups divide, and a ragged one
 SHAPES = [(6, 256), (5, 200)]
@@ -112,7 +113,9 @@ DEVICES = [
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("text", "dtype"), [("w2g64", torch.bfloat16), ("w3g64asym", torch.float32)], ids=["sym", "asym"]
+    ("text", "dtype"),
+    [("w2g64", torch.bfloat16), ("w3g64asym", torch.float32), ("w3g16k", torch.bfloat16)],
+    ids=["sym", "asym", "shared"],
 )
 @pytest.mark.parametrize("range_slot", ["tuned", "clip"])
 def test_law_1_holds_under_compile(text: str, dtype: torch.dtype, device: str, range_slot: str) -> None:

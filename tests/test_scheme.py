@@ -14,6 +14,7 @@ SHAPES = {Q: (64, 64), UP: (160, 64), DOWN: (64, 160)}
     [
         ("w2g64", (2, 64, True)),
         ("w2g64asym", (2, 64, False)),
+        ("w3g16k", (3, 16, True)),
         ("w2g64_asym", (2, 64, False)),
         ("w3g32sym", (3, 32, True)),
         ("w4", (4, 128, True)),
@@ -37,6 +38,8 @@ def test_the_fields_spellings(text: str, expected: tuple[int, int | None, bool])
     [
         ("w5g7x", "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
         ("", "no scheme ''"),
+        ("w4g32k", "w4g32k isn't supported: GGUF's Q3_K alone has scales that share one; use w3g16k"),
+        ("w3g16kasym", "use w3g16k"),
         ("int4", "no scheme 'int4'"),
         ("w4g64pc", "no scheme"),
         ("w5g64", "5 bits aren't supported; use one of 2, 3, 4, 6, 8"),
@@ -85,7 +88,13 @@ def test_groups_of_a_row() -> None:
 
 @pytest.mark.parametrize(
     ("text", "inputs", "expected"),
-    [("w2g64", 128, 2.25), ("w2g64asym", 128, 2 + 18 / 64), ("w4pc", 160, 4.1), ("w2g64", 160, 2.3)],
+    [
+        ("w3g16k", 256, 3.4375),
+        ("w2g64", 128, 2.25),
+        ("w2g64asym", 128, 2 + 18 / 64),
+        ("w4pc", 160, 4.1),
+        ("w2g64", 160, 2.3),
+    ],
 )
 def test_bits_per_weight(text: str, inputs: int, expected: float) -> None:
     assert Scheme.parse(text).bits_per_weight(inputs) == pytest.approx(expected)

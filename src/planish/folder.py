@@ -193,8 +193,13 @@ def assemble(
         assert isinstance(linear, nn.Linear)
         bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         parent, _, leaf = name.rpartition(".")
-        activations = schemes[name].activations if schemes and name in schemes else None
-        packed = PackedLinear(quantized, None if bias is None else bias.to(dtype), activations)
+        how = schemes.get(name) if schemes else None
+        packed = PackedLinear(
+            quantized,
+            None if bias is None else bias.to(dtype),
+            how.activations if how else None,
+            how is not None and how.shared,
+        )
         setattr(model.get_submodule(parent), leaf, packed)
     source.load(model, "", device, dtype)
     model.tie_weights()

@@ -136,10 +136,10 @@ def types_of(folder: QuantizedFolder, types: str = "smallest") -> dict[str, str]
     undecided = {
         name: scheme
         for name, scheme in folder.schemes.items()
-        if kinds[name] not in KINDS or f"{name}.offset" in tensors or f"{name}.order" in tensors
+        if kinds[name] not in KINDS or scheme.shared or f"{name}.offset" in tensors or f"{name}.order" in tensors
     }
     for name, q in dataclasses.replace(folder, schemes=undecided).layers():
-        kinds[name] = type_of(name, q, types)
+        kinds[name] = type_of(name, q, types, folder.schemes[name].shared)
     return kinds
 
 

@@ -215,7 +215,8 @@ class PlanishQuantizer(HfQuantizer):
                 put_table(model, self.arch, Packed.from_stream(stream), stored.dtype)
             else:
                 bias, how = None if stored.bias is None else stored.bias.to(stored.dtype), stored.scheme.activations
-                layer = PackedLinear(Packed.from_stream(stream) if how else hold(stream, stored.dtype), bias, how)
+                weight = Packed.from_stream(stream) if how else hold(stream, stored.dtype)
+                layer = PackedLinear(weight, bias, how, stored.scheme.shared)
                 model.set_submodule(name, layer.train(stored.training))
         self.remember(settle(model))
         install(model, self.saved)

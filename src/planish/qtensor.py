@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.scheme import Scheme
+from planish.scheme import SHARING, Scheme
 
 # fp16 keeps 7 significant bits at this size; a smaller scale loses the grid itself
 SCALE_FLOOR = 1e-5
@@ -155,6 +155,34 @@ def _(scale: Tensor) -> Tensor:
 
 
 store.register_autograd(lambda ctx, grad: grad)
+
+
+@torch.library.custom_op("planish::store_shared", mutates_args=())
+def store_shared(scale: Tensor) -> Tensor:
+    """Scales as GGUF's Q3_K stores them, those of 16 groups in a row together:
+
+        s = d * k    d: fp16 of 6 significant bits, at least SCALE_FLOOR;  k: an integer, 1 <= |k| <= 31
+
+    so that every s is an fp16 number itself. What is stored stays as it is when it is stored again: the largest k is
+    31, and d is found from it. Opaque like `store`, and its gradient is the identity too.
+
+    Args:
+        scale: fp32 [out, G] or [out, G, 1].
+    """
+    groups = to_groups(scale.flatten(1), SHARING)
+    peak = groups.abs().amax(-1, keepdim=True).clamp(31 * SCALE_FLOOR, 31 * 2**11)
+    bits = (peak / 31).view(torch.int32)
+    common = (bits + (1 << 17) >> 18 << 18).view(torch.float32)  # of fp32's 23 bits behind the first the upper 5
+    times = (groups.abs() / common).round().clamp(1, 31)
+    return from_groups(torch.copysign(times * common, groups), scale.shape[1]).reshape(scale.shape).contiguous()
+
+
+@store_shared.register_fake
+def _(scale: Tensor) -> Tensor:
+    return torch.empty_like(scale, dtype=torch.float32)
+
+
+store_shared.register_autograd(lambda ctx, grad: grad)
 
 
 def encode(

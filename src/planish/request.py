@@ -46,7 +46,7 @@ class Resolved:
     Args:
         schemes: scheme by full name of each linear to quantize.
         shapes: (out, in) of every linear of the blocks, quantized or not.
-        tables: scheme of the embedding (and an untied head), if they are quantized.
+        tables: scheme of the embedding (and an untied head), if they are quantized. around: (out, in) of these.
         parameters: of the whole model, tied ones once.
         gguf: a GGUF file shall be written beside the checkpoint.
     """
@@ -63,13 +63,13 @@ class Resolved:
     samples: int
     seqlen: int
     tables: dict[str, Scheme]
+    around: dict[str, tuple[int, int]]
     gguf: bool = False
 
     @property
     def bits_per_weight(self) -> float:
         """Of the whole model."""
-        shapes = self.shapes | table_shapes(self.arch, self.source.skeleton())
-        return bits_per_weight(self.schemes | self.tables, shapes, self.parameters)
+        return bits_per_weight(self.schemes | self.tables, self.shapes | self.around, self.parameters)
 
     def summary(self) -> list[str]:
         """Lines for a user: recipe, scheme, how many of how many linears, bits a weight, what is padded."""
@@ -132,6 +132,7 @@ def resolve(
     if asked == GGUF:
         check_gguf(source, schemes, shapes)
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
+    around = table_shapes(arch, skeleton)
     return Resolved(
         source=source,
         recipe=built,
@@ -144,7 +145,8 @@ def resolve(
         format=chosen,
         samples=samples,
         seqlen=seqlen,
-        tables=table_schemes(bits, table_shapes(arch, skeleton), chosen.name),
+        tables=table_schemes(bits, around, chosen.name),
+        around=around,
         gguf=asked == GGUF,
     )
 

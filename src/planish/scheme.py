@@ -6,6 +6,7 @@ A scheme is written as the field writes it:
     w2g64asym  the same with an integer zero point for every group
     w4         4 bits with the customary groups of 128
     w4pc       4 bits, one scale for each output channel
+    w3g16k     3 bits, groups of 16 whose scales are small multiples of one they share: Q3_K in a GGUF
     W4A16, W4A16_ASYM, w3a16g64: the same, activations left in 16 bits
     w4a4       activations of 4 bits too, each token by its own range; weights by output channel
     w8a8s, w4g128a8, w4a4kv4: activations symmetric; groups of 128; query, key and value in 4 bits too
@@ -27,7 +28,8 @@ ACTIVATION_BITS = (4, 5, 6, 7, 8)
 DEFAULT_GROUP = 128
 
 _ACTIVATIONS = r"(?:a(?P<act>\d+)(?P<even>s(?!ym))?(?P<turned>h)?)?(?:kv(?P<kv>\d+)(?P<kvturned>h)?)?"
-_GROUP = r"(?:g(?P<group{0}>\d+)|(?P<pc{0}>pc))?"
+_GROUP = r"(?:g(?P<group{0}>\d+)(?P<k{0}>k)?|(?P<pc{0}>pc))?"
+SHARING = 16  # groups in a row whose scales share one
 _PATTERN = re.compile(
     rf"w(?P<bits>\d+){_GROUP.format(1)}{_ACTIVATIONS}{_GROUP.format(2)}_?(?P<sym>asym|sym)?"
 )
@@ -71,12 +73,14 @@ class Scheme:
         symmetric: True has a signed scale and the constant zero point 2^(bits-1); False stores an
             integer zero point for each group.
         activations: how what the weight is multiplied by is rounded; None leaves it in 16 bits.
+        shared: scales of 16 groups in a row are integers of 6 bits times one fp16 number, see `qtensor.store_shared`.
     """
 
     bits: int
     group_size: int | None = DEFAULT_GROUP
     symmetric: bool = True
     activations: Activations | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -85,6 +89,8 @@ class Scheme:
             raise PlanishError(
                 f"group size {self.group_size} isn't supported; use a multiple of 8, such as 32, 64 or 128"
             )
+        if self.shared and (self.bits, self.group_size, self.symmetric, self.activations) != (3, 16, True, None):
+            raise PlanishError(f"{self} isn't supported: GGUF's Q3_K alone has scales that share one; use w3g16k")
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -111,11 +117,15 @@ class Scheme:
             )
         group = None if whole or (rounded and not size) else int(size or DEFAULT_GROUP)
         return cls(
-            bits=int(match["bits"]), group_size=group, symmetric=match["sym"] != "asym", activations=activations
+            bits=int(match["bits"]),
+            group_size=group,
+            symmetric=match["sym"] != "asym",
+            activations=activations,
+            shared=bool(match["k1"] or match["k2"]),
         )
 
     def __str__(self) -> str:
-        group = "pc" if self.group_size is None else f"g{self.group_size}"
+        group = "pc" if self.group_size is None else f"g{self.group_size}{'k' * self.shared}"
         return f"w{self.bits}{group}{self.activations or ''}{'' if self.symmetric else 'asym'}"
 
     @property
@@ -137,8 +147,9 @@ class Scheme:
         return -(-in_features // self.group_in(in_features))
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits a weight: code, fp16 scale and, if asymmetric, a zero point of `bits` bits."""
-        overhead = 16 + (0 if self.symmetric else self.bits)
+        """Stored bits a weight: code, fp16 scale (6 bits and a share of one) and, if asymmetric, a zero point of `bits`
+        bits."""
+        overhead = (6 + 16 / SHARING if self.shared else 16) + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.groups_in(in_features) / in_features
 
 

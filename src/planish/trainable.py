@@ -79,8 +79,8 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             module.freeze()
         elif isinstance(module, QLinear) and module.quantizer is not None:
             quantized = module.quantizer.quantize(module.weight)
-            dtype, how = module.weight.dtype, module.activations
-            _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, dtype, how))
+            how, shared = module.activations, module.quantizer.scheme.shared
+            _put(model, name, PackedLinear.from_qtensor(quantized, module.bias, module.weight.dtype, how, shared))
     settle({name: module for name, module in model.named_modules() if parametrize.is_parametrized(module)})
     return attach(siblings.settle(model.requires_grad_(False)))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from planish.qtensor import QTensor
+from planish.qtensor import QTensor, store_shared
 from planish.scheme import Scheme
 
 
@@ -15,11 +15,12 @@ def random_qtensor() -> Callable[..., QTensor]:
         generator = torch.Generator().manual_seed(hash((scheme.bits, shape)) % 2**31)
         grid = (shape[0], scheme.groups_in(shape[1]))
         top = 2**scheme.bits
+        scale = torch.randn(grid, generator=generator)
         zero = torch.randint(0, top, grid, generator=generator, dtype=torch.uint8)
         zero.view(-1)[0], zero.view(-1)[-1] = 0, top - 1
         return QTensor(
             codes=torch.randint(0, top, shape, generator=generator, dtype=torch.uint8),
-            scale=torch.randn(grid, generator=generator).half(),
+            scale=(store_shared(scale) if scheme.shared else scale).half(),
             zero=None if scheme.symmetric else zero,
             offset=torch.randn(grid, generator=generator) if offset else None,
             bits=scheme.bits,

@@ -23,6 +23,7 @@ HELD = {
     ("w3g64", 512): "Q3_K or Q4_0",
     ("w3g256", 512): "Q3_K or Q4_0",
     ("w3pc", 768): "Q3_K or Q4_0",
+    ("w3g16k", 768): "Q3_K",
     ("w3g64asym", 512): "Q4_0",
     ("w4g64", 576): "Q4_0",
     ("w4g128", 160): "Q4_0",
@@ -51,7 +52,7 @@ def test_round_trip_and_ggmls_decoder(random_qtensor, scheme: str, columns: int)
     known, shape = Scheme.parse(scheme), (6, columns)
     q = random_qtensor(known, shape)
     assert bool((q.scale < 0).any())
-    kind = type_of(LAYER, q)
+    kind = type_of(LAYER, q, shared=known.shared)
     assert kind in plan_type(LAYER, known, shape) == HELD[scheme, columns]
     data = encode(q, kind)
     assert data.dtype == torch.uint8 and data.shape == (6, columns // KINDS[kind].weights * KINDS[kind].bytes)
@@ -114,6 +115,7 @@ def test_compatible_types_leave_q2_0_out(random_qtensor) -> None:
         ("w4g32", 40, "multiples of 32, not 40"),
         ("w4g16", 64, "groups of 16 don't fall on GGUF's blocks of 32"),
         ("w2g40", 160, "groups of 40"),
+        ("w3g16", 256, "groups of 16 don't fall on GGUF's blocks of 32; use .*, or w3g16k"),
         ("w8g32asym", 64, "no type for w8g32asym"),
     ],
 )
@@ -121,8 +123,18 @@ def test_what_no_block_holds_is_refused_by_name(random_qtensor, scheme: str, col
     known = Scheme.parse(scheme)
     q = random_qtensor(known, (8, columns))
     for attempt in (lambda: plan_type(LAYER, known, (8, columns)), lambda: type_of(LAYER, q)):
-        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: .*{said}.*; use .*--format native"):
+        with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: .*{said}.*--format native"):
             attempt()
+
+
+def test_scales_that_share_one_need_rows_of_256(random_qtensor) -> None:
+    scheme = Scheme.parse("w3g16k")
+    said = rf"^{LAYER}: w3g16k is GGUF's Q3_K, which needs inputs in multiples of 256, not 576; give .* w4g32"
+    with pytest.raises(UnsupportedScheme, match=said):
+        plan_type(LAYER, scheme, (8, 576))
+    q = random_qtensor(dataclasses.replace(scheme, shared=False), (8, 256))
+    with pytest.raises(UnsupportedScheme, match=rf"^{LAYER}: its scales share none, as those of w3g16k do"):
+        type_of(LAYER, q, shared=True)
 
 
 def test_offsets_are_refused(random_qtensor) -> None:

@@ -38,6 +38,7 @@ from planish.formats import FORMATS
 from planish.formats.gguf import KINDS, type_of
 from planish.gguf_file import tensor_places, types_of, write_gguf
 from planish.qtensor import QTensor
+from planish.scheme import Scheme
 from planish.source import FolderSource
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -63,6 +64,7 @@ class Case:
     dtype: str = "bfloat16"
     recipe: str = "rtn"
     keys: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = f"{self.recipe} {self.scheme}" if self.scheme else self.dtype
@@ -78,6 +80,8 @@ CASES = {
         Case("w4g64", embeddings="q4_0"),
         Case("w2g64", types="compatible"),
         Case("w2g64", recipe="signround", keys={"steps": 3}),
+        # rows of 576 have no blocks of 256
+        Case("w3g16k", recipe="signround", keys={"steps": 3}, layers=("self_attn|gate_proj|up_proj=w4g32",)),
     ],
     "gemma3_text": [
         *FLOAT,
@@ -109,11 +113,12 @@ def written(case: Case, model: Path, scratch: Path) -> tuple[QuantizedFolder, Pa
         (plain / "config.json").unlink()
         (plain / "config.json").write_text(json.dumps(config))
         source = FolderSource(plain, label=str(plain))
-        folder = QuantizedFolder(source=source, format=FORMATS["native"], schemes={}, shapes={}, tables={})
+        folder = QuantizedFolder(source=source, format=FORMATS["native"], schemes={}, shapes={}, tables={},
+                                 embedding="model.embed_tokens")  # fmt: skip
     else:
         out = scratch / "quantized"
         planish.quantize_to(str(model), out, case.recipe, case.scheme, format="native", samples=4, seqlen=64,
-                            device="cpu", **case.keys)  # fmt: skip
+                            device="cpu", layers=case.layers, **case.keys)  # fmt: skip
         found = QuantizedFolder.open(out)
         assert found is not None
         folder = found
@@ -206,7 +211,11 @@ def run(case: Case, path: Path, python: Path) -> dict[str, Any]:
         folder, file = written(case, path, Path(scratch))
         kinds = types_of(folder, case.types)
         samples = samples_of(folder, kinds)
-        blocks = [place_of(file, name, type_of(name, q, case.types).lower()) for name, q in samples.items()]
+        shared = case.scheme is not None and Scheme.parse(case.scheme).shared
+        blocks = [
+            place_of(file, name, type_of(name, q, case.types, shared and q.group_size == 16).lower())
+            for name, q in samples.items()
+        ]
         coarse = case.embeddings in ("q8_0", "q4_0")
         if coarse:
             blocks.append(place_of(file, "token_embd.weight", case.embeddings))

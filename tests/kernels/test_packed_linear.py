@@ -10,8 +10,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from planish.errors import PlanishError
+from planish.formats.gguf import common_scale
 from planish.kernels.linear import PackedLinear
-from planish.qtensor import QTensor
+from planish.qtensor import QTensor, store_shared
 
 
 def random_qtensor(out_features, in_features, group=32, seed=0):
@@ -285,3 +286,24 @@ def test_moves_to_a_gpu_and_back(layer):
     expected = functional.linear(x, q.to("cuda").dequantize(x.dtype), moved.bias)
     assert torch.equal(moved(x), expected)
     assert moved.to("cpu").qtensor().equal(q)
+
+
+def test_scales_that_share_one_are_trained_on_their_grid():
+    generator = torch.Generator().manual_seed(0)
+    scale = store_shared(torch.randn(8, 32, generator=generator) / 10)
+    codes = torch.randint(0, 8, (8, 512), generator=generator, dtype=torch.uint8)
+    q = QTensor(codes=codes, scale=scale.half(), zero=None, bits=3, group_size=16)
+    layer = PackedLinear.from_qtensor(q, None, torch.float32, shared=True)
+    assert str(layer.scheme) == "w3g16k"
+    (learned,) = layer.make_trainable(["scale"]).values()
+    x = torch.randn(3, 512, generator=generator)
+    layer(x).square().sum().backward()
+    assert learned.grad is not None and bool((learned.grad != 0).all())
+    assert torch.equal(store_shared(learned.detach()), scale)  # what is stored is stored again as it is
+    learned.data -= learned.grad * learned.detach().abs().mean() / learned.grad.abs().mean()
+    trained = layer(x).detach()
+    layer.freeze()
+    stored = layer.qtensor()
+    assert torch.equal(stored.scale.float(), store_shared(learned.detach())) and not stored.equal(q)
+    assert common_scale(stored.scale.unflatten(1, (-1, 16))) is not None
+    assert torch.allclose(layer(x), trained, rtol=1e-5, atol=1e-5)

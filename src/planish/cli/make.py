@@ -66,6 +66,7 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
 --bits 4 is w4g128: groups of 128 cost an eighth of a bit a weight. --bits 2 is w2g64, since at 2 bits
 one scale for 128 weights loses far more than that eighth buys. Both are symmetric: the scale's sign puts
 the one extra level on the larger tail, which zero points seldom beat and cost room beside.
+--bits 3 --target llama.cpp is w3g16k: 3.44 bits in its type Q3_K, where other groups would take 4.5.
 
 KEY=VALUE sets a recipe's own keys: see planish recipes planish. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field); self has
@@ -130,7 +131,7 @@ def quantize(
         model,
         out,
         recipe,
-        _scheme(scheme, bits),
+        _scheme(scheme, bits, target),
         preset=preset,
         data=data,
         watch=watch,
@@ -260,8 +261,9 @@ def plan(
     memory = None if gpu_memory is None else forecast.parse_size(gpu_memory)
     asked = request.with_batch(recipe, batch_size, _keys(pairs or [], plan))
     resolved = request.resolve(
-        model, recipe, _scheme(scheme, bits), layers=tuple(layers or ()), ignore=tuple(ignore or ()), preset=preset,
-        revision=revision, format=format, target=target, tp=tp, embeddings=embeddings, samples=samples, seqlen=seqlen,
+        model, recipe, _scheme(scheme, bits, target), layers=tuple(layers or ()), ignore=tuple(ignore or ()),
+        preset=preset, revision=revision, format=format, target=target, tp=tp, embeddings=embeddings,
+        samples=samples, seqlen=seqlen,
         **asked,
     )  # fmt: skip
     found = forecast.forecast(
@@ -297,12 +299,15 @@ def export(
     say(f"wrote {written} ({size(disk_bytes(written))})")
 
 
-def _scheme(scheme: str | None, bits: int | None) -> str:
-    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64 (see the help)."""
+def _scheme(scheme: str | None, bits: int | None, target: str | None = None) -> str:
+    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64 (see the help); of 3 bits
+    llama.cpp has one type."""
     if scheme is not None and bits is not None:
         raise PlanishError(f"--scheme {scheme} and --bits {bits} say the same thing twice; give one of them")
     if bits is None:
         return scheme or "w4g128"
+    if (bits, target) == (3, "llama.cpp"):
+        return "w3g16k"
     return f"w{bits}g{64 if bits == 2 else 128}"
 
 

@@ -4,7 +4,8 @@ A row of a weight is cut into blocks, each with an fp16 scale d and small signed
 level of a code Q is Q - z, so that a scheme whose levels fit a block is held exactly, scales of both signs too:
 
     Q2_0  64 weights in 18 bytes    levels -1 .. 2       w2: d = -s, level = z - Q
-    Q3_K  256 weights in 110 bytes  levels -4 .. 3       w3 where the scales s of 256 weights are d * k, |k| < 32
+    Q3_K  256 weights in 110 bytes  levels -4 .. 3       w3 where the scales s of 256 weights are d * k, |k| < 32:
+                                                         always w3g16k, others only by chance
     Q4_0  32 weights in 18 bytes    levels -8 .. 7       w4; w2asym, w3asym, other w3 (a container)
     Q5_0  32 weights in 22 bytes    levels -16 .. 15     w4asym
     Q8_0  32 weights in 34 bytes    levels -128 .. 127   w8
@@ -13,6 +14,7 @@ A block keeps levels, not codes: `decode` gives each group its smallest possible
 It knows nothing of models or files.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,13 +77,19 @@ def candidates(layer: str, scheme: Scheme, shape: tuple[int, int], types: str = 
         raise UnsupportedScheme(f"{layer}: GGUF needs inputs in multiples of 32, not {columns}; use --format native")
     if (scheme.bits, scheme.symmetric) not in HOLDERS:
         raise UnsupportedScheme(f"{layer}: GGUF has no type for {scheme}; use a symmetric scheme, or --format native")
-    if group % 32 and group < columns:
-        raise UnsupportedScheme(
-            f"{layer}: groups of {group} don't fall on GGUF's blocks of 32; "
-            "use a group size that is a multiple of 32, or --format native"
-        )
     known = [kind for kind in HOLDERS[scheme.bits, scheme.symmetric] if kind not in TYPES[types]]
-    return [kind for kind in known if columns % KINDS[kind].weights == 0 and _on_steps(group, columns, kind)]
+    found = [kind for kind in known if columns % KINDS[kind].weights == 0 and _on_steps(group, columns, kind)]
+    if scheme.shared and not found:
+        raise UnsupportedScheme(
+            f"{layer}: {scheme} is GGUF's Q3_K, which needs inputs in multiples of 256, not {columns}; give this layer "
+            "w4g32, which GGUF holds in 4.5 bits as it would any other w3 here (--scheme, or --layers REGEX=w4g32)"
+        )
+    if found in ([], ["Q3_K"]) and not scheme.shared:
+        raise UnsupportedScheme(
+            f"{layer}: groups of {group} don't fall on GGUF's blocks of 32; use a group size that is a multiple of 32"
+            f"{', or w3g16k' if found else ''}, or --format native"
+        )
+    return found
 
 
 def _on_steps(group: int, columns: int, kind: str) -> bool:
@@ -95,11 +103,14 @@ def plan_type(layer: str, scheme: Scheme, shape: tuple[int, int], types: str = "
         UnsupportedScheme: if nothing holds it.
     """
     found = candidates(layer, scheme, shape, types)
-    return " or ".join(found) if found[0] == "Q3_K" else found[0]
+    return " or ".join(found) if found[0] == "Q3_K" else found[0]  # of w3g16k "Q3_K"
 
 
-def type_of(layer: str, q: QTensor, types: str = "smallest") -> str:
+def type_of(layer: str, q: QTensor, types: str = "smallest", shared: bool = False) -> str:
     """The smallest kind that holds a layer exactly.
+
+    Args:
+        shared: as of its Scheme, which a QTensor doesn't know.
 
     Raises:
         UnsupportedScheme: if nothing does.
@@ -108,9 +119,11 @@ def type_of(layer: str, q: QTensor, types: str = "smallest") -> str:
         raise UnsupportedScheme(f"{layer}: GGUF can't hold offsets in weight units; use --format native")
     if q.order is not None:
         raise UnsupportedScheme(f"{layer}: GGUF can't hold columns in another order; use --format native")
-    found = candidates(layer, q.scheme, q.shape, types)
+    found = candidates(layer, dataclasses.replace(q.scheme, shared=shared), q.shape, types)
     if found[0] == "Q3_K" and common_scale(_scale_of_blocks(q, "Q3_K")) is None:
         del found[0]
+    if not found:
+        raise UnsupportedScheme(f"{layer}: its scales share none, as those of w3g16k do; the checkpoint is damaged")
     return found[0]
 
 

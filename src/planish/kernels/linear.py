@@ -21,7 +21,7 @@ from planish.kernels import choose, cpu, int8, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
-from planish.qtensor import PARTS, QTensor, store
+from planish.qtensor import PARTS, QTensor, store, store_shared
 from planish.quant.activation import fake_quantize_tokens
 from planish.quant.hadamard import turn
 from planish.scheme import Activations, Scheme
@@ -42,6 +42,7 @@ class PackedLinear(nn.Module):
         weight: what to multiply by, [out, in].
         bias: float [out], or None.
         activations: how inputs are rounded, token by token; None leaves them.
+        shared: what a trained scale is stored by, see `Scheme`.
     """
 
     codes: Tensor
@@ -54,10 +55,14 @@ class PackedLinear(nn.Module):
     layout: Layout | None
 
     def __init__(
-        self, weight: Weight, bias: Tensor | None = None, activations: Activations | None = None
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        activations: Activations | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__()
-        self.activations = activations
+        self.activations, self.shared = activations, shared
         about: Any = weight.layout if isinstance(weight, Records) else weight
         self.in_features, self.out_features, self.bits = about.in_features, about.out_features, about.bits
         self.group_size = weight.group_size
@@ -69,7 +74,12 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_qtensor(
-        cls, q: QTensor, bias: Tensor | None, dtype: torch.dtype, activations: Activations | None = None
+        cls,
+        q: QTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activations: Activations | None = None,
+        shared: bool = False,
     ) -> "PackedLinear":
         """Pack a QTensor.
 
@@ -77,9 +87,9 @@ class PackedLinear(nn.Module):
             q: the weight; its scale, zero, offset and order are held as they are, not copied.
             bias: float [out], or None.
             dtype: what the bias is held in; activations may come in any float dtype.
-            activations: how those are rounded.
+            activations: how those are rounded. shared: as of the class.
         """
-        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype), activations)
+        return cls(Packed.from_qtensor(q), None if bias is None else bias.detach().to(dtype), activations, shared)
 
     def _hold(self, weight: Weight) -> None:
         """Take a weight in the place of what is held."""
@@ -159,6 +169,7 @@ class PackedLinear(nn.Module):
             group_size=None if whole else self.group_size,
             symmetric=self.symmetric,
             activations=self.activations,
+            shared=self.shared,
         )
 
     @property
@@ -174,7 +185,7 @@ class PackedLinear(nn.Module):
         """What a kernel is given: columns in the codes' order, scale and zero as they will be stored, differentiable
         where they are trained."""
         if "scale" in self.trainable:
-            scale = store(scale)
+            scale = store_shared(scale) if self.shared else store(scale)
         if zero is not None and "zero" in self.trainable:
             zero = zero + (zero.round().clamp(0, 2**self.bits - 1) - zero).detach()  # fp32 holds each step exactly
         return Packed(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from planish.qtensor import QTensor, encode, fake_quantize, from_groups, to_groups
+from planish.qtensor import QTensor, encode, fake_quantize, from_groups, store_shared, to_groups
 from planish.quant.range import Grid, MinMax
 from planish.quant.rounding import Nearest
 from planish.quant.weight import Fixed
@@ -54,7 +54,10 @@ class Quantizer(nn.Module):
 
     def _parts(self, weight: Tensor) -> tuple[Tensor, Grid, Tensor | None]:
         groups = to_groups(self.weight(weight), self.group_size)
-        return groups, self.range(groups), self.rounding()
+        grid: Grid = self.range(groups)
+        if self.scheme.shared:
+            grid = Grid(store_shared(grid.scale), grid.zero)
+        return groups, grid, self.rounding()
 
     def forward(self, weight: Tensor) -> Tensor:
         """W_hat [out, in] in the weight's dtype, with straight-through gradients to the slots."""
