@@ -110,8 +110,7 @@ def resolve(
     Args:
         adapter: folder of a LoRA of this model, merged into its weights first.
         format: 'auto', one of `planish.formats.FORMATS`, or 'gguf': that file then lies beside a native checkpoint.
-        target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
-        tp: GPUs that the target will cut each layer for.
+        target: who shall load it, one of `planish.targets.TARGETS`, which says the format. tp: GPUs it cuts layers for.
         embeddings: bits of the embedding and the head: 16, 8 or 4; if not given 16, and 8 in a GGUF.
         others: as of `quantize`.
 
@@ -132,7 +131,6 @@ def resolve(
     if asked == GGUF:
         check_gguf(source, schemes, shapes)
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
-    around = table_shapes(arch, skeleton)
     return Resolved(
         source=source,
         recipe=built,
@@ -145,7 +143,7 @@ def resolve(
         format=chosen,
         samples=samples,
         seqlen=seqlen,
-        tables=table_schemes(bits, around, chosen.name),
+        tables=table_schemes(bits, around := table_shapes(arch, skeleton), chosen.name),
         around=around,
         gguf=asked == GGUF,
     )

@@ -191,9 +191,8 @@ def finetune(
     from planish.recipes import describe
 
     own = describe(recipe)["keys"]
-    counts = {
-        "e2e_" + k if "e2e_" + k in own else k: v for k, v in (("steps", steps), ("epochs", epochs)) if v is not None
-    }
+    given = {key: value for key, value in (("steps", steps), ("epochs", epochs)) if value is not None}
+    counts = {f"e2e_{key}" if f"e2e_{key}" in own else key: value for key, value in given.items()}
     tuning.finetune(
         model,
         out,
