@@ -32,6 +32,7 @@ WRITTEN = {
     "gptq": "w4g32",
     "gptq_v2": "w3g64asym",
     "compressed_tensors": "w4g32asym",
+    "compressed_tensors_int": "w8g32",
 }
 
 
