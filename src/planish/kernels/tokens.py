@@ -20,16 +20,17 @@ from planish.quant.activation import SMALLEST, round_tokens, round_tokens_backwa
 
 @triton.jit
 def _ends(x_ptr, first, row, live, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    # what is masked is 0, which lies between the ends anyhow
-    low = tl.zeros([ROWS], tl.float32)
-    high = tl.zeros([ROWS], tl.float32)
+    # what is masked is 0, which lies between the ends anyhow; reduced behind the loop: within it, Triton 3.6 fails to
+    # compile where a zero point follows
+    low = tl.zeros([ROWS, CHUNK], tl.float32)
+    high = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(0, WIDTH, CHUNK):
         column = start + tl.arange(0, CHUNK)[None, :]
         mask = live[:, None] & (column < WIDTH)
         x = _load(x_ptr, first * WIDTH + (row[:, None] * WIDTH + column), mask)
-        low = tl.minimum(low, tl.min(x, 1))
-        high = tl.maximum(high, tl.max(x, 1))
-    return low, high
+        low = tl.minimum(low, x)
+        high = tl.maximum(high, x)
+    return tl.min(low, 1), tl.max(high, 1)
 
 
 @triton.jit
