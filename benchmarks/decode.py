@@ -14,7 +14,8 @@ one query (`one query`), neither, each, both; and that attention alone beside to
 
 --load writes a checkpoint of a 7B shape in 4 and in 16 bits (18 GB), and times from the call that loads it to the
 first token of an answer: Planish on the one, transformers on the other, each in a process of its own, files in the
-page cache; then how fast weights are laid out. --tiny runs small shapes, on a CPU too; its figures mean nothing.
+page cache; what loading consists of, part by part; then how fast weights are laid out. --tiny runs small shapes, on a
+CPU too; its figures mean nothing.
 """
 
 import argparse
@@ -24,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,12 +39,12 @@ from planish.bench import bandwidth_of, bench, seconds
 from planish.bitstream import Stream, words_for
 from planish.checkpoint import CheckpointWriter
 from planish.decode import Decoder
-from planish.folder import config_of
+from planish.folder import QuantizedFolder, config_of
 from planish.formats import FORMATS
 from planish.guard import Stored
 from planish.kernels.cuda_attend import attend_one
 from planish.kernels.linear import PackedLinear
-from planish.kernels.records import Records
+from planish.kernels.records import Records, hold
 from planish.kernels.siblings import settle
 from planish.log import versions
 from planish.qtensor import midpoint
@@ -288,6 +291,39 @@ def load_one(kind: str, folder: str) -> None:
     print(json.dumps(figures))
 
 
+def phases(folder: str) -> None:
+    """Runs in a process of its own: what loading consists of, each part by itself, one layer after another; as JSON."""
+    torch.zeros(1, device=DEVICE)
+    found: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        before = time.perf_counter()
+        made = work()
+        if CUDA:
+            torch.cuda.synchronize()
+        found[name] = time.perf_counter() - before
+        return made
+
+    opened: QuantizedFolder = timed("headers and skeleton", lambda: QuantizedFolder.open(folder))
+    keys = [key for key in opened.source.names() if key.rpartition(".")[0] in opened.schemes]
+    here = timed("read into memory", lambda: opened.source.tensors(keys))
+    size = sum(tensor.nbytes for tensor in here.values())
+    timed("to the device, pageable", lambda: [tensor.to(DEVICE) for tensor in here.values()])
+    here.clear()
+    streams = timed("read to the device", lambda: [opened.stream(name, DEVICE) for name in opened.schemes])
+    timed("first layout", lambda: hold(streams[0], DTYPE))
+    held = timed("lay out", lambda: [hold(stream, DTYPE) for stream in streams])
+    found["lay out, GB/s"] = size / found["lay out"] / 1e9
+    found["read to the device, GB/s"] = size / found["read to the device"] / 1e9
+    streams.clear(), held.clear()
+    timed("layers by two threads", lambda: list(opened.held(DEVICE, DTYPE)))
+    model = timed("the whole load", lambda: planish.load(folder, device=DEVICE))
+    decoder = timed("decoder", lambda: Decoder(model, 1, PROMPT + 1))
+    timed("first token", lambda: decoder.start(torch.zeros(1, PROMPT, dtype=torch.int64, device=DEVICE)))
+    timed("first token again", lambda: decoder.start(torch.zeros(1, PROMPT, dtype=torch.int64, device=DEVICE)))
+    print(json.dumps(found))
+
+
 def load_figures(shape: str, folder: Path | None) -> dict:
     found: dict = {}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -308,7 +344,11 @@ def load_figures(shape: str, folder: Path | None) -> dict:
                 run = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
                 found[kind]["runs"].append(run)
                 print(kind, {key: round(value, 2) for key, value in run.items()}, flush=True)
-    best = {kind: min(run["first token"] for run in found[kind]["runs"]) for kind in found}
+        command = [sys.executable, __file__, "--phases", str(Path(scratch) / "planish"), *["--tiny"] * TINY]
+        found["phases"] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+        for name, value in found["phases"].items():
+            print(f"    {name:26} {value:7.3f}{'' if 'GB/s' in name else ' s'}", flush=True)
+    best = {kind: min(run["first token"] for run in found[kind]["runs"]) for kind in kinds}
     return {**found, "times": best["transformers"] / best["planish"]}
 
 
@@ -355,5 +395,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         load_one(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["--phases"]:
+        phases(sys.argv[2])
     else:
         main()

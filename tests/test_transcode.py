@@ -162,3 +162,40 @@ def test_what_is_read_back_different_gets_no_name(
     with pytest.raises(PlanishError, match="^model.layers.1.mlp.up_proj was read back different from what was written"):
         planish.export(source, tmp_path / "out", format="native")
     assert not any("out" in entry.name for entry in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "expected", "limit"),
+    [
+        ("w4g48", "gptq", "w4g32", 0.01),  # 64 and 128 inputs have no groups of 48
+        ("w4g32asym", "gptq", "w4g32", 0.03),
+        ("w3g16", "gguf", "w4g32", 0.02),
+    ],
+)
+def test_what_a_format_cant_hold_may_be_rounded_once_more(
+    quantized: Callable[..., Path], tmp_path: Path, scheme: str, format: str, expected: str, limit: float
+) -> None:
+    folder, said = quantized(scheme, format="native"), list[str]()
+    out = tmp_path / ("out.gguf" if format == "gguf" else "out")
+    with pytest.raises(PlanishError, match="use"):
+        planish.export(folder, out, format=format)
+    planish.export(folder, out, format=format, inexact=said.append)
+    assert len(said) == 15 and f"q_proj: rounded once more, to {expected}; relative" in said[0]
+    assert said[-1].startswith("14 layers were rounded once more: ")
+    if format == "gguf":
+        assert out.read_bytes()[:4] == b"GGUF"
+        return
+    errors = json.loads((out / "run.json").read_text())["figures"]["rounded_again"]
+    was, now = (dict(QuantizedFolder.open(path).layers()) for path in (folder, out))
+    for name, error in errors.items():
+        weight = was[name].dequantize()
+        lost = (now[name].dequantize() - weight).norm() ** 2 / weight.norm() ** 2
+        assert 0 < error < limit and float(lost) == pytest.approx(error, rel=1e-4)
+    assert "rounded once more | 14 linears" in (out / "README.md").read_text()
+
+
+def test_what_is_held_is_not_rounded(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    said = list[str]()
+    folder = quantized("w4g32", format="native")
+    out = planish.export(folder, tmp_path / "out", format="gptq", inexact=said.append)
+    assert not said and content(out)[0] == content(folder)[0]

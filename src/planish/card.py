@@ -118,6 +118,12 @@ def _made(manifest: RunManifest) -> Iterator[tuple[str, str]]:
     if "end_to_end" in figures:
         before, after = figures["end_to_end"]
         yield "held-out loss, end to end", f"{before:.4f} before, {after:.4f} after"
+    if errors := figures.get("rounded_again"):
+        mean, worst = sum(errors.values()) / len(errors), max(errors.values())
+        yield "rounded once more", (
+            f"{len(errors)} linears that this format can't hold as they were: relative squared error {mean:.3g} in the "
+            f"mean, {worst:.3g} at most"
+        )
     if manifest.versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
 

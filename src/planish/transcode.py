@@ -2,12 +2,14 @@
 
     folder --decode--> QTensor, one layer at a time --encode--> folder or .gguf file
 
-Every code, scale and zero is the same afterwards, or the export is refused by name before anything is written.
+Every code, scale and zero is the same afterwards, or the export is refused by name before anything is written; or, if
+that is asked for, what the new format can't hold is rounded once more, and how much that loses is measured.
 """
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +23,10 @@ from planish.errors import PlanishError, UnsupportedScheme, nearest
 from planish.eval import record
 from planish.folder import QuantizedFolder, config_of, side_files, verify_folder, words_of
 from planish.formats import FORMATS, verify
+from planish.formats.gguf import candidates
 from planish.log import RunManifest
 from planish.naming import disk_speller
+from planish.quant import Quantizer
 from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source
 from planish.tables import BITS, quantize_table, table_schemes
@@ -38,6 +42,7 @@ def export(
     tp: int = 1,
     embeddings: int | None = None,
     overwrite: bool = False,
+    inexact: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a quantized folder in another format.
 
@@ -48,6 +53,8 @@ def export(
         target: who shall load it, one of `planish.targets.TARGETS`; takes the format from there.
         tp: GPUs that the target will cut each layer for.
         embeddings: bits of the embedding and the head: 16, 8 or 4; as they are if not given (8 in a GGUF).
+        inexact: if given, layers that the format can't hold are rounded to nearest once more, on a grid that it
+            holds, and this is called with what that loses, line by line; the folder's run.json keeps it too.
 
     Returns:
         What was written.
@@ -64,8 +71,15 @@ def export(
     if format not in (*FORMATS, GGUF):
         known = nearest(format, [*FORMATS, GGUF]) if format else f"give --format, one of {', '.join([*FORMATS, GGUF])}"
         raise PlanishError(f"no format {format!r}: {known}")
+    again = {} if inexact is None else _again(folder, format)
     if format == GGUF:
         from planish.gguf_file import write_gguf
+
+        if again:
+            assert inexact is not None
+            with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as scratch:
+                held = _convert(folder, Path(scratch) / "held", "native", None, False, again, inexact)
+                return export(held, out, format=GGUF, embeddings=embeddings, overwrite=overwrite)
 
         if embeddings not in (None, *BITS):
             raise PlanishError(f"embeddings of {embeddings} bits; use one of {', '.join(map(str, BITS))}")
@@ -75,27 +89,86 @@ def export(
         wide = "f16" if folder.source.dtype == torch.float16 else "bf16"
         kind = {4: "q4_0", 16: wide}.get(embeddings or 8, "q8_0")
         return write_gguf(folder, Path(out), embeddings=kind, overwrite=overwrite)
-    return _convert(folder, out, format, embeddings, overwrite)
+    return _convert(folder, out, format, embeddings, overwrite, again, inexact)
+
+
+def _again(folder: QuantizedFolder, format: str) -> dict[str, Scheme]:
+    """What the layers that a format can't hold are to be rounded to: as many bits or more, a group of 32 at least."""
+    found = {}
+    for layer, scheme in folder.schemes.items():
+        shape = folder.shapes[layer]
+        if layer in folder.tables or _holds(format, layer, scheme, shape):
+            continue
+        # in a GGUF 2 and 3 bits that no type of theirs holds take as much room as 4
+        least = max(scheme.bits, 4) if format == GGUF else scheme.bits
+        choices = (
+            Scheme(bits=bits, group_size=group, symmetric=symmetric)
+            for bits in (2, 3, 4, 8)
+            for group in (scheme.group_size, 128, 64, 32)
+            for symmetric in (scheme.symmetric, not scheme.symmetric)
+            if bits >= least and group is not None and group <= min(scheme.group_in(shape[1]), shape[1]) | 32
+        )
+        if mend := next((choice for choice in choices if _holds(format, layer, choice, shape)), None):
+            found[layer] = mend
+    return found
+
+
+def _holds(format: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> bool:
+    try:
+        if format == GGUF:
+            candidates(layer, scheme, shape)
+        else:
+            FORMATS[format].check(layer, scheme, shape)
+    except UnsupportedScheme:
+        return False
+    return True
+
+
+def _rounded(stream: Stream, scheme: Scheme) -> tuple[Stream, float]:
+    """A weight rounded to nearest once more, and the squared error of that over the weight's square."""
+    weight = stream.qtensor().dequantize()
+    q = Quantizer(weight, scheme).quantize(weight)
+    lost = (q.dequantize().double() - weight).square().sum() / weight.double().square().sum().clamp(min=1e-30)
+    return Stream.of(q), float(lost)
+
+
+def _told(errors: Mapping[str, float], again: Mapping[str, Scheme], tell: Callable[[str], None] | None) -> None:
+    """Say what rounding lost, layer by layer."""
+    if tell is None or not errors:
+        return
+    for layer, error in errors.items():
+        tell(f"{layer}: rounded once more, to {again[layer]}; relative squared error {error:.3g}")
+    mean = sum(errors.values()) / len(errors)
+    tell(f"{len(errors)} layers were rounded once more: {mean:.3g} in the mean, {max(errors.values()):.3g} at most")
 
 
 def _convert(
-    folder: QuantizedFolder, out: str | os.PathLike[str], name: str, embeddings: int | None, overwrite: bool
+    folder: QuantizedFolder,
+    out: str | os.PathLike[str],
+    name: str,
+    embeddings: int | None,
+    overwrite: bool,
+    again: Mapping[str, Scheme],
+    tell: Callable[[str], None] | None,
 ) -> Path:
     """The folder in another of our formats; read back before it gets its name."""
     format, source = FORMATS[name], folder.source
     widened, rounded = _tables(folder, name, embeddings)
-    schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded
+    schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded | dict(again)
     verify(format, schemes, folder.shapes | folder.tables)
     skeleton, ordered = source.skeleton(), False
     digests: dict[str, str] = {}
+    errors: dict[str, float] = {}
     spell = disk_speller(skeleton)
 
     def written(key: str, stream: Stream) -> tuple[str | None, dict[str, Tensor], bool]:
         """Digest, tensors and whether columns have an order, of one layer in the new format."""
         if key in widened:
             return None, {f"{key}.weight": stream.qtensor().dequantize(source.dtype)}, False
+        if key in again:
+            stream, errors[key] = _rounded(stream, again[key])
         # what was rounded just now can't be read again
-        digest = stream.digest() if key in rounded else ""
+        digest = stream.digest() if key in rounded or key in again else ""
         return digest, format.write(key, stream), stream.order is not None
 
     tables = ((key, Stream.of(quantize_table(source.get(f"{key}.weight"), rounded[key]))) for key in rounded)
@@ -111,7 +184,9 @@ def _convert(
             writer.add(spell(tensor_name), source.get(tensor_name))
         words = words_of(format, schemes, folder.source.skeleton(), ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
-        files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes)
+        errors = {key: errors[key] for key in folder.schemes if key in errors}
+        _told(errors, again, tell)
+        files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes, errors)
         return writer.finish(config, files, verify=lambda made: verify_folder(made, digests, folder))
 
 
@@ -140,7 +215,9 @@ def plain_names(source: Source, quantized: Collection[str]) -> list[str]:
     return [name for name in source.names() if name.rpartition(".")[0] not in quantized or name.endswith(".bias")]
 
 
-def _papers(folder: QuantizedFolder, format: str, schemes: Mapping[str, Scheme | None]) -> dict[str, Content]:
+def _papers(
+    folder: QuantizedFolder, format: str, schemes: Mapping[str, Scheme | None], errors: Mapping[str, float]
+) -> dict[str, Content]:
     """run.json and the card for the new format, and what was measured, which stays true."""
     source = folder.source
     assert source.folder is not None
@@ -149,6 +226,7 @@ def _papers(folder: QuantizedFolder, format: str, schemes: Mapping[str, Scheme |
     parameters = sum(p.numel() for p in source.skeleton().parameters())
     chosen = {key: scheme for key, scheme in schemes.items() if scheme}
     bits = round(bits_per_weight(chosen, folder.shapes | folder.tables, parameters), 4)
-    run = dataclasses.replace(run, format=format, layers=layers, figures={**run.figures, "bits_per_weight": bits})
+    figures = {**run.figures, "bits_per_weight": bits} | ({"rounded_again": dict(errors)} if errors else {})
+    run = dataclasses.replace(run, format=format, layers=layers, figures=figures)
     # what was measured of an embedding in 16 bits isn't true of one in 8
-    return papers(run, record.read(source.folder) if chosen.keys() == folder.schemes.keys() else None)
+    return papers(run, record.read(source.folder) if chosen == folder.schemes else None)

@@ -279,6 +279,9 @@ def export(
     target: Target = None,
     tp: TensorParallel = 1,
     embeddings: Annotated[int | None, optional("Bits of embedding and head, if they are in 16: 8 or 4.")] = None,
+    inexact: Annotated[
+        bool, Option("--inexact", help="Round once more what the format can't hold, and say what is lost.")
+    ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in --out.")] = False,
 ) -> None:
     """Write a quantized checkpoint in another format; every code, scale and zero stays.
@@ -287,14 +290,16 @@ def export(
       planish export q4 --format gptq --out q4-gptq
       planish export q2 --target vllm --out q2-vllm
       planish export q4 --format gguf --out q4.gguf
+      planish export q4 --format gptq --inexact --out q4-gptq
     """
     if out is None:
         raise PlanishError("where to? give a new folder, or a file.gguf, with --out")
     import planish
 
     written = planish.export(
-        folder, out, format=format, target=target, tp=tp, embeddings=embeddings, overwrite=overwrite
-    )
+        folder, out, format=format, target=target, tp=tp, embeddings=embeddings, overwrite=overwrite,
+        inexact=say if inexact else None,
+    )  # fmt: skip
     say(f"wrote {written} ({size(disk_bytes(written))})")
 
 
