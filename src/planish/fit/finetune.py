@@ -6,7 +6,7 @@ is short, `fit.lean_loop` does the same one block at a time. Knows nothing of fo
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from planish.experts import has_experts
 from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome, Samples
 from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
@@ -76,10 +75,7 @@ def finetune(
         callbacks=[Guard(watch, last)],
     )
     trainer.remove_callback(PrinterCallback)
-    members = [parameter for slot in parameters.values() for parameter, _ in slot]
-    steady = setting.device.type == "cuda" and not setting.checkpointing and not has_experts(objective.model)
-    capturing = objective.capturing(members) if steady else nullcontext()
-    with _checkpointing(objective.model, setting.checkpointing), capturing:
+    with _checkpointing(objective.model, setting.checkpointing):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     objective.eval()
     watch.restore()

@@ -6,8 +6,7 @@ Its state is what is trained and nothing else. The other model of a distillation
 they take hidden / vocabulary of the room of its logits, and are made once, block by block (`fit.teacher`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from planish.arch import Arch
-from planish.fit.captured import Captured, fixed_arguments
 from planish.fit.loss import NO_LABEL, in_chunks, next_token
 
 
@@ -60,8 +58,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.decoder_name, self.blocks_name = arch.decoder, arch.blocks
-        self._captured: Captured | None = None
+        self.decoder_name = arch.decoder
         self.distill, self.temperature = distill, temperature
         self._logits, self._teacher_logits = logits_of(model), teacher_logits
 
@@ -79,31 +76,10 @@ class Objective(nn.Module):
             teacher: the other model's last hidden states [batch, tokens, hidden].
             num_items_in_batch: tokens with a label in the whole step, where this is a part of it.
         """
-        count = (labels != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
-        if self._captured is None or not torch.is_grad_enabled():
-            return {"loss": self._mean(input_ids, labels, count, teacher)}
-        given = {} if teacher is None else {"teacher": teacher}
-        count = torch.as_tensor(count, device=labels.device)
-        return {"loss": self._captured(input_ids=input_ids, labels=labels, count=count, **given)}
-
-    @contextmanager
-    def capturing(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """For as long as it lasts, passes with gradients are replayed as a CUDA graph, if they can be."""
-
-        def standing(batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-            decoder, blocks = (self.model.get_submodule(name) for name in (self.decoder_name, self.blocks_name))
-            assert isinstance(blocks, nn.ModuleList)
-            return fixed_arguments(decoder, blocks, batch["input_ids"])
-
-        self._captured = Captured(self._mean, parameters, standing)
-        try:
-            yield
-        finally:
-            self._captured = None
-
-    def _mean(self, input_ids: Tensor, labels: Tensor, count: Tensor | int, teacher: Tensor | None = None) -> Tensor:
         hidden = self.model.get_submodule(self.decoder_name)(input_ids=input_ids, use_cache=False)[0]
-        return self.of_hidden(hidden, labels, teacher) / count
+        total = self.of_hidden(hidden, labels, teacher)
+        count = (labels != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / count}
 
     def of_hidden(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
         """Summed loss of last hidden states [batch, tokens, hidden]."""
