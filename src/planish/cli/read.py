@@ -101,7 +101,7 @@ def _measure(
     said = None
     if agree is not None:
         float_model = planish.load(agree, device=device)
-        said = planish.reference(float_model, prompts, limit=limit or LIMIT, batch_size=batch_size)
+        said = planish.reference(float_model, prompts, limit=LIMIT if limit is None else limit, batch_size=batch_size)
         del float_model
     loaded = planish.load(folder, device=device)
     if ppl is not None:
