@@ -146,6 +146,8 @@ def test_a_run_says_what_it_watched(tiny_llama: Tiny, tmp_path: Path, texts: str
     assert named.watched == str(tmp_path / "two.txt") and named.data_sha256 != manifest.data_sha256
     plain = planish.quantize_to(model, tmp_path / "plain", "rtn", data=texts, **QUICK, search=True)
     assert plain.watched == "" and plain.samples == 16, "nothing is fitted"
+    with pytest.raises(PlanishError, match="^recipe 'rtn' fits nothing to watch; drop watch$"):
+        planish.quantize_to(model, tmp_path / "no", "rtn", watch="embedded", **QUICK)
 
 
 def test_finetune_takes_a_mix_of_text_and_conversations(tiny_llama: Tiny, tmp_path: Path, texts: str) -> None:
