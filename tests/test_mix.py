@@ -94,6 +94,8 @@ def test_names_and_files(tmp_path: Path) -> None:
     (tmp_path / "a,b.txt").write_text("x")
     (tmp_path / "c:2").write_text("x")
     assert parts(str(tmp_path / "a,b.txt")) == (Part(str(tmp_path / "a,b.txt")),), "a file of that name"
+    field = f"{tmp_path / 'c:2'}#text"
+    assert parts(f"{field},self") == (Part(field), Part("self")), "its first is a file"
     assert parts(f"{tmp_path / 'c:2'},x.txt")[0] == Part(str(tmp_path / "c:2"))
     assert parts("org/name:config@train#text:3,self") == (Part("org/name:config@train#text", 3.0), Part("self"))
     assert parts("name:2022") == (Part("name:2022"),), "alone it has no weight, but a configuration"
