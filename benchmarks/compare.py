@@ -4,7 +4,8 @@
         [--seeds 3] [--calibration wikitext|mix] [--texts valid|test] [--tiny]
 
 A recipe may have a scheme and keys of its own: planish:w2g64:distill=0.9,e2e_epochs=4 (a scheme there goes before
---schemes; samples= counts windows; preset= is one of the recipe's). 16-bit is the float model. One that trains a model
+--schemes; samples= counts windows; preset= is one of the recipe's; data= and watch= name texts as `planish quantize`
+takes them, a mix joined by +: data=self, data=a.txt+b.jsonl). 16-bit is the float model. One that trains a model
 that is quantized already starts from a folder, which --keep FOLDER wrote of a setting before: end-to-end settings are
 so compared without fitting the blocks for each:
 
@@ -101,10 +102,12 @@ def measure(
     else:
         own = dict(keys)
         preset, folder = own.pop("preset", None), own.pop("start", None)
+        data, watch = own.pop("data", None), own.pop("watch", None)
         samples = int(own.pop("samples", split_preset(recipe, preset)[1].get("samples", 128)))
         samples, seqlen = (8, 64) if args.tiny else (samples, 2048)
         about = {
-            "data": windows(texts["calibration"], samples, seqlen, seed),
+            "data": data.replace("+", ",") if data else windows(texts["calibration"], samples, seqlen, seed),
+            "watch": watch,
             "samples": samples,
             "seqlen": seqlen,
             "seed": seed,

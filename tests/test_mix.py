@@ -94,6 +94,8 @@ def test_names_and_files(tmp_path: Path) -> None:
     (tmp_path / "a,b.txt").write_text("x")
     (tmp_path / "c:2").write_text("x")
     assert parts(str(tmp_path / "a,b.txt")) == (Part(str(tmp_path / "a,b.txt")),), "a file of that name"
+    field = f"{tmp_path / 'c:2'}#text"
+    assert parts(f"{field},self") == (Part(field), Part("self")), "its first is a file"
     assert parts(f"{tmp_path / 'c:2'},x.txt")[0] == Part(str(tmp_path / "c:2"))
     assert parts("org/name:config@train#text:3,self") == (Part("org/name:config@train#text", 3.0), Part("self"))
     assert parts("name:2022") == (Part("name:2022"),), "alone it has no weight, but a configuration"
@@ -146,6 +148,8 @@ def test_a_run_says_what_it_watched(tiny_llama: Tiny, tmp_path: Path, texts: str
     assert named.watched == str(tmp_path / "two.txt") and named.data_sha256 != manifest.data_sha256
     plain = planish.quantize_to(model, tmp_path / "plain", "rtn", data=texts, **QUICK, search=True)
     assert plain.watched == "" and plain.samples == 16, "nothing is fitted"
+    with pytest.raises(PlanishError, match="^recipe 'rtn' fits nothing to watch; drop watch$"):
+        planish.quantize_to(model, tmp_path / "no", "rtn", watch="embedded", **QUICK)
 
 
 def test_finetune_takes_a_mix_of_text_and_conversations(tiny_llama: Tiny, tmp_path: Path, texts: str) -> None:

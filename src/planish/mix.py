@@ -167,4 +167,5 @@ def _part(item: str | Path) -> Part:
 
 
 def _is_file(text: str) -> bool:
-    return Path(text.partition("#")[0]).is_file()
+    path, _, field = text.partition("#")
+    return "," not in field and Path(path).is_file()

@@ -78,6 +78,8 @@ class Run:
                 f"recipe {self.recipe.name!r} goes through the blocks more than once; one pass is supported"
             )
         if not self.recipe.needs_data:
+            if self.watch is not None:
+                raise PlanishError(f"recipe {self.recipe.name!r} fits nothing to watch; drop watch")
             return
         if self.tokenizer is None and needs_tokenizer(self.data, self.watch):
             raise PlanishError(f"{self.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
