@@ -179,7 +179,7 @@ def test_bits_are_short_for_a_scheme():
         "w2.5g64",
         "w3.0g128",
     ]
-    assert [make._scheme(None, bits, "llama.cpp") for bits in (2, 3, 4)] == ["w2g64", "w3g16k", "w4g128"]
+    assert [make._scheme(None, bits, "llama.cpp") for bits in ("2", "3", "4")] == ["w2g64", "w3g16k", "w4g128"]
     assert make._scheme("w3g32asym", None) == "w3g32asym"
     with pytest.raises(PlanishError):
         make._scheme("w4", "4")
