@@ -120,6 +120,8 @@ def test_fewer_windows_are_said(planish, tiny_llama, tmp_path):
         (("--scheme", "w5g7x"), "no scheme 'w5g7x'; write it as w4g128, w2g64asym, w3pc or W4A16"),
         (("--scheme", "w4", "--bits", "4"), "--scheme w4 and --bits 4 say the same thing twice; give one"),
         (("--bits", "5"), "5 bits aren't supported; use one of 2, 3, 4, 6, 8"),
+        (("--bits", "1.5"), "no average of 1.5 bits; ask for 2 to 8"),
+        (("--bits", "two"), "--bits two; give a width such as 3, or an average such as 2.5"),
         (("--scheme", "w4g256"), "group size 256 is larger than its 64 inputs"),
         (("--format", "gguff"), "no format 'gguff'"),
         (("--layers", "nothing=w4g32"), "'nothing' matches none of the 14 linears"),
@@ -168,17 +170,19 @@ def test_a_folder_without_a_tokenizer(planish, tiny_llama):
 
 
 def test_bits_are_short_for_a_scheme():
-    assert [make._scheme(None, bits) for bits in (None, 2, 3, 4, 8)] == [
+    assert [make._scheme(None, bits) for bits in (None, "2", "3", "4", "8", "2.5", "3.0")] == [
         "w4g128",
         "w2g64",
         "w3g128",
         "w4g128",
         "w8g128",
+        "w2.5g64",
+        "w3.0g128",
     ]
-    assert [make._scheme(None, bits, "llama.cpp") for bits in (2, 3, 4)] == ["w2g64", "w3g16k", "w4g128"]
+    assert [make._scheme(None, bits, "llama.cpp") for bits in ("2", "3", "4")] == ["w2g64", "w3g16k", "w4g128"]
     assert make._scheme("w3g32asym", None) == "w3g32asym"
     with pytest.raises(PlanishError):
-        make._scheme("w4", 4)
+        make._scheme("w4", "4")
 
 
 def test_recipes_are_listed_and_explained(planish):

@@ -33,6 +33,7 @@ SIGNROUND: dict[str, Any] = {"steps": 4, "batch_size": 4, "holdout": 2, "span": 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"recipe": "rtn"},
     "rtn with search": {"recipe": "rtn", "search": True},
+    "rtn, bits by layer": {"recipe": "rtn", "search": True, "scheme": "w2.5g32"},
     "signround": {"recipe": "signround", **SIGNROUND},
     "signround, spans": {"recipe": "signround", **SIGNROUND, "span": 2},
     "signround, quantized prefix": {"recipe": "signround", **SIGNROUND, "prefix": "quantized"},

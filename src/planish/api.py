@@ -51,6 +51,7 @@ from planish.source import Source, open_source
 from planish.tables import quantize_table, quantize_tables, table_shapes
 from planish.targets import verdicts
 from planish.tune import quantize_in_memory
+from planish.widths import settle_bits
 
 
 def quantize(
@@ -74,7 +75,7 @@ def quantize(
     Args:
         model: Hugging Face folder, hub id, .gguf file, or a model in memory (which is left as it is).
         recipe: name in `planish.recipes.RECIPES`, or './mine.py:mine'.
-        scheme: such as 'w4g128', 'w2g64asym', 'w4pc'.
+        scheme: such as 'w4g128', 'w2g64asym', 'w4pc'; 'w2.5g64' for 2.5 bits on average, by what each linear loses.
         data: calibration text or a mix of several, see `planish.mix`, or token ids int64 [samples, seqlen].
         watch: the source of the windows held out, by which the state kept is chosen; of a mix the embedded text, else
             the data itself, if not given.
@@ -96,6 +97,7 @@ def quantize(
         resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=stream_folder(stream_dir),
         watch=watch,
     )  # fmt: skip
+    resolved = settle_bits(resolved, run)
     return attach(settle(quantize_tables(quantize_in_memory(run)[0], resolved.tables)))
 
 
@@ -145,6 +147,7 @@ def quantize_to(
         resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=where, journal=journal,
         watch=watch,
     )  # fmt: skip
+    resolved = settle_bits(resolved, run)
     write = _write if resolved.recipe.whole is None else _write_tuned
     if journal is None:
         if (left := Journal(out).folder).is_dir():

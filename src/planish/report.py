@@ -210,7 +210,8 @@ def _run(checkpoint: Checkpoint, single: bool) -> Markup:
     tiles = [element("div", element("dt", name), element("dd", value)) for name, value in _headline(checkpoint)]
     facts = [element("div", element("dt", name), element("dd", value)) for name, value in _facts(checkpoint)]
     figures = as_mapping(checkpoint.manifest.figures if checkpoint.manifest else None)
-    notes = [*as_list(figures.get("notes")), *as_list(figures.get("end_to_end_notes"))]
+    widths = [figures["widths"]] if isinstance(figures.get("widths"), str) else []
+    notes = [*widths, *as_list(figures.get("notes")), *as_list(figures.get("end_to_end_notes"))]
     charts = _charts(checkpoint)
     return element(
         "section",

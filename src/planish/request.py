@@ -5,8 +5,9 @@ Everything wrong with a request is said here. Knows nothing of what becomes of t
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from planish.adapter import adapted
 from planish.arch import Arch, discover, linears
 from planish.attention import check_heads
 from planish.data import check_seqlen
-from planish.errors import PlanishError, nearest
+from planish.errors import PlanishError, UnsupportedScheme, nearest
+from planish.fit.allocate import Widths
 from planish.formats import FORMATS, choose
 from planish.formats import verify as verify_schemes
 from planish.formats.format import Format
@@ -27,10 +29,10 @@ from planish.log import Progress, RunManifest, versions
 from planish.mix import Data
 from planish.recipes import Recipe, build, describe, split_preset
 from planish.run import Run, compute_device
-from planish.scheme import Scheme, SchemeMap, bits_per_weight
+from planish.scheme import Average, Scheme, SchemeMap, bits_per_weight
 from planish.source import Source, open_source
 from planish.tables import table_schemes, table_shapes
-from planish.targets import GGUF, choose_for
+from planish.targets import GGUF, choose_for, joined
 from planish.trainable import check_trainer
 from planish.transform.rotate import RotatedSource
 
@@ -49,6 +51,7 @@ class Resolved:
         tables: scheme of the embedding (and an untied head), if they are quantized. around: (out, in) of these.
         parameters: of the whole model, tied ones once.
         gguf: a GGUF file shall be written beside the checkpoint.
+        widths: linears whose bits are yet to be measured, see `planish.widths`; `schemes` has a stand-in of the size.
     """
 
     source: Source
@@ -65,6 +68,7 @@ class Resolved:
     tables: dict[str, Scheme]
     around: dict[str, tuple[int, int]]
     gguf: bool = False
+    widths: Widths | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -80,6 +84,8 @@ class Resolved:
             f"scheme {self.scheme_text}, format {self.format.name}{' and gguf' * self.gguf}: {len(self.schemes)} of "
             f"{len(self.shapes)} linears, {self.bits_per_weight:.2f} bits a weight with embeddings",
         ]
+        if self.widths is not None:
+            lines.append(self.widths.summary(self.schemes))
         if isinstance(self.source, RotatedSource):
             lines.append(self.source.note)
         if padded:
@@ -119,24 +125,23 @@ def resolve(
     if format not in ("auto", GGUF, *FORMATS):
         raise PlanishError(f"no format {format!r}: {nearest(format, [*FORMATS, GGUF])}")
     built = _recipe(recipe, preset, keys)
-    scheme_map = SchemeMap.parse(scheme, layers, ignore)
+    average = Average.parse(scheme)
+    scheme_map = SchemeMap.parse(scheme if average is None else str(average.candidates[0]), layers, ignore)
     source = _source(model, revision, adapter, built)
     arch = discover(skeleton := source.skeleton())
     shapes = linears(arch, skeleton)
     check_heads(skeleton, schemes := scheme_map.resolve(shapes))
-    every = {name: schemes.get(name) for name in shapes}
-    asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
-    bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings
-    chosen = _format(asked, every, shapes, bits)
-    if asked == GGUF:
-        check_gguf(source, schemes, shapes)
+    hold = partial(_held, source, shapes, format, target, tp, embeddings)
+    widths = None if average is None else _widths(average, scheme_map, schemes, hold, shapes)
+    asked, chosen, bits = hold(schemes if widths is None else schemes | widths.every())
+    schemes |= {} if widths is None else widths.even()
     samples, seqlen = data_size(recipe, preset, samples, seqlen, source.config)
     return Resolved(
         source=source,
         recipe=built,
         keys={**split_preset(recipe, preset)[0], **keys},
         schemes=schemes,
-        scheme_text=str(scheme_map),
+        scheme_text=", ".join([str(average or scheme_map.default), *scheme_map.said]),
         shapes=shapes,
         parameters=sum(p.numel() for p in skeleton.parameters()),
         arch=arch,
@@ -146,7 +151,57 @@ def resolve(
         tables=table_schemes(bits, around := table_shapes(arch, skeleton), chosen.name),
         around=around,
         gguf=asked == GGUF,
+        widths=widths,
     )
+
+
+def _held(
+    source: Source,
+    shapes: dict[str, tuple[int, int]],
+    format: str,
+    target: str | None,
+    tp: int,
+    embeddings: int | None,
+    schemes: dict[str, Scheme],
+) -> tuple[str, Format, int]:
+    """The format asked for, that of the folder, and bits of the tables, if these schemes can be held so."""
+    every = {name: schemes.get(name) for name in shapes}
+    asked = format if target is None else choose_for(target, every, shapes, format=format, tp=tp)
+    bits = (8 if asked == GGUF else 16) if embeddings is None else embeddings
+    chosen = _format(asked, every, shapes, bits)
+    if asked == GGUF:
+        check_gguf(source, schemes, shapes)
+    return asked, chosen, bits
+
+
+def _widths(
+    average: Average,
+    scheme_map: SchemeMap,
+    schemes: dict[str, Scheme],
+    hold: Callable[[dict[str, Scheme]], object],
+    shapes: dict[str, tuple[int, int]],
+) -> Widths:
+    """The linears that no rule names, in units of one scheme each, and the candidates that format and target take.
+
+    Raises:
+        PlanishError: if a rule names every linear, no candidate is taken, or the average isn't among those that are.
+    """
+    free = {name: shapes[name] for name in schemes if not scheme_map.named(name)}
+    if not free:
+        raise PlanishError(f"--layers names every linear, and none is left for an average of {average.bits:g} bits")
+    units: dict[str, list[str]] = {}
+    for name in free:
+        units.setdefault(joined(name), []).append(name)
+    taken, refusals = [], []
+    for scheme in average.candidates:
+        try:
+            hold(schemes | dict.fromkeys(free, scheme))
+            taken.append(scheme)
+        except UnsupportedScheme as error:
+            refusals.append(error)
+    if not taken:
+        raise refusals[0]
+    return Widths(average=average, units=tuple(map(tuple, units.values())), shapes=free, candidates=tuple(taken))
 
 
 def _source(
@@ -259,6 +314,7 @@ def make_run(
 
 def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunManifest:
     """What run.json says of a run that is finished."""
+    chosen = {} if resolved.widths is None else {"widths": resolved.widths.summary(resolved.schemes)}
     return RunManifest(
         model=resolved.source.label,
         recipe=resolved.recipe.name,
@@ -273,5 +329,5 @@ def manifest_of(resolved: Resolved, run: Run, figures: dict[str, Any]) -> RunMan
         seed=run.seed,
         watched=run.watched,
         versions=versions(),
-        figures={**figures, "bits_per_weight": round(resolved.bits_per_weight, 4)},
+        figures={**figures, **chosen, "bits_per_weight": round(resolved.bits_per_weight, 4)},
     )

@@ -81,8 +81,7 @@ class Run:
             if self.watch is not None:
                 raise PlanishError(f"recipe {self.recipe.name!r} fits nothing to watch; drop watch")
             return
-        if self.tokenizer is None and needs_tokenizer(self.data, self.watch):
-            raise PlanishError(f"{self.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
+        self._check_tokenizer()
         found = blend(
             self.data, self._cut, self.samples, seed=self.seed, watch=self.watch, holdout=self.recipe.holdout
         )
@@ -90,6 +89,21 @@ class Run:
         self.notes += [*found.notes, *([f"the state kept is the best on {self.watched}"] if self.watched else [])]
         self.plan = self._plan(*self.ids.shape)
         self.notes.append(self.plan.summary())
+
+    def some(self, count: int) -> Tensor:
+        """About so many of the run's windows, from all over them; new ones where the recipe needs none.
+
+        Raises:
+            PlanishError: if there is no tokenizer, or not enough text.
+        """
+        if self.ids is not None:
+            return self.ids[:: -(-len(self.ids) // count)]
+        self._check_tokenizer()
+        return blend(self.data, self._cut, count, seed=self.seed).tensors[0]
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None and needs_tokenizer(self.data, self.watch):
+            raise PlanishError(f"{self.source.label} comes without a tokenizer; pass tokenizer=, or token ids as data")
 
     def _cut(self, source: Text, count: int) -> tuple[tuple[Tensor], str]:
         """Windows of one source of the mix."""

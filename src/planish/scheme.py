@@ -12,6 +12,7 @@ A scheme is written as the field writes it:
     w8a8s, w4g128a8, w4a4kv4: activations symmetric; groups of 128; query, key and value in 4 bits too
     w4a4h      inputs turned by a Hadamard matrix first, where that loses less
     w4a4kv4h   query and key of each head turned before they are rounded
+    w2.5g64    2.5 bits on average: linears get 2, 3, 4 or 8 by what each would lose, see Average
 
 This file knows nothing of models or methods.
 """
@@ -153,6 +154,41 @@ class Scheme:
         return self.bits + overhead * self.groups_in(in_features) / in_features
 
 
+MIXED_BITS = (2, 3, 4, 8)
+_AVERAGE = re.compile(r"w(?P<bits>\d+\.\d+)(?P<rest>.*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Bits of a code that linears have on average, scales not counted, as in w2g64; written as w2.5g64.
+
+    Args:
+        candidates: the schemes on offer, by bits; alike otherwise.
+    """
+
+    bits: float
+    candidates: tuple[Scheme, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Average | None":
+        """Read 'w2.5g64', 'w3.0', 'w2.25g64asym'; None if the bits are a whole number, without a point.
+
+        Raises:
+            PlanishError: if the average is out of range, or what follows it is no scheme.
+        """
+        match = _AVERAGE.fullmatch(text.strip().lower())
+        if match is None:
+            return None
+        bits = float(match["bits"])
+        if not MIXED_BITS[0] <= bits <= MIXED_BITS[-1]:
+            raise PlanishError(f"no average of {bits:g} bits; ask for {MIXED_BITS[0]} to {MIXED_BITS[-1]}")
+        return cls(bits=bits, candidates=tuple(Scheme.parse(f"w{width}{match['rest']}") for width in MIXED_BITS))
+
+    def __str__(self) -> str:
+        first = str(self.candidates[0])
+        return first.replace(f"w{self.candidates[0].bits}", f"w{self.bits}", 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchemeMap:
     """Which linear gets which scheme: the first rule whose regex is found in the name wins.
@@ -187,6 +223,10 @@ class SchemeMap:
                 return scheme
         return self.default
 
+    def named(self, name: str) -> bool:
+        """Does a rule name the linear?"""
+        return any(re.search(pattern, name) for pattern, _ in self.rules)
+
     def resolve(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Scheme]:
         """Scheme of every linear to quantize.
 
@@ -213,8 +253,12 @@ class SchemeMap:
         return chosen
 
     def __str__(self) -> str:
-        rules = [f"{pattern}={scheme or '16-bit'}" for pattern, scheme in self.rules]
-        return ", ".join([str(self.default), *rules])
+        return ", ".join([str(self.default), *self.said])
+
+    @property
+    def said(self) -> list[str]:
+        """The rules as text."""
+        return [f"{pattern}={scheme or '16-bit'}" for pattern, scheme in self.rules]
 
 
 def bits_per_weight(schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], parameters: int) -> float:

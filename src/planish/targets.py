@@ -190,10 +190,7 @@ def _check_fused(target: str, schemes: Mapping[str, Scheme | None]) -> None:
     """Linears that are joined in the server have one scheme; so have all experts of a block."""
     first: dict[str, tuple[str, Scheme | None]] = {}
     for layer, scheme in schemes.items():
-        owner, _, leaf = layer.rpartition(".")
-        joined = next((group[0] for group in FUSED if leaf in group), leaf)
-        key = re.sub(r"\.experts\.\d+", ".experts", f"{owner}.{joined}" if joined != leaf or leaf in _JOINED else layer)
-        other, its_scheme = first.setdefault(key, (layer, scheme))
+        other, its_scheme = first.setdefault(joined(layer), (layer, scheme))
         if its_scheme != scheme:
             raise UnsupportedScheme(
                 f"{layer} ({scheme or '16-bit'}) and {other} ({its_scheme or '16-bit'}) are one matrix in {target}; "
@@ -201,7 +198,11 @@ def _check_fused(target: str, schemes: Mapping[str, Scheme | None]) -> None:
             )
 
 
-_JOINED = {leaf for group in FUSED for leaf in group}
+def joined(layer: str) -> str:
+    """What servers make one matrix of has one such name: fused linears, and all experts of a block."""
+    owner, _, leaf = layer.rpartition(".")
+    first = next((group[0] for group in FUSED if leaf in group), leaf)
+    return re.sub(r"\.experts\.\d+", ".experts", f"{owner}.{first}" if owner else first)
 
 
 def _check_shards(

@@ -54,6 +54,7 @@ from planish.tune import (
     wants_checkpointing,
     whole_size,
 )
+from planish.widths import settle_bits
 
 LOGS = "runs"  # where tensorboard's callback writes
 REQUEST = "request.json"
@@ -294,6 +295,7 @@ def _from_float(
         resolved, request.data, request.device, None, request.seed, "auto", request.progress, request.tokenizer,
         stream_dir=directory, watch=request.watch,
     )  # fmt: skip
+    resolved = settle_bits(resolved, run)
     examples, _ = _examples(
         request, run.tokenizer, resolved.samples, resolved.seqlen, resolved.recipe.holdout, resolved.source.label,
         run.own_text,

@@ -46,7 +46,7 @@ Pairs = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", show_defa
 RecipeName = Annotated[str, Option(help="Method by name, or ./mine.py:function.")]
 Preset = Annotated[str | None, optional("fast, light, default, best, paper.")]
 SchemeText = Annotated[str | None, optional("Such as w4g128 (the default), w2g64asym, w4pc, w4a4.")]
-Bits = Annotated[int | None, optional("Short for a scheme: 2 is w2g64, others have g128.")]
+Bits = Annotated[str | None, optional("Short for a scheme: 2 is w2g64, 3 is w3g128; 2.5 an average.", metavar="BITS")]
 Layers = Annotated[list[str] | None, optional("Scheme of some linears.", metavar="REGEX=SCHEME")]
 Ignore = Annotated[list[str] | None, optional("Linears to leave in 16 bits.", metavar="REGEX")]
 Embeddings = Annotated[int | None, optional("Bits of embedding and head: 16, 8 or 4 (native, gguf).")]

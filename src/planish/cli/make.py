@@ -1,5 +1,6 @@
 """Verbs that make a checkpoint: quantize, finetune, export; and plan, which says what quantize would take."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,8 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
     planish quantize ./model --bits 2 --preset best --data text.jsonl --out q2
   a model for many uses: a mix of texts, the state kept chosen on one that isn't trained on:
     planish quantize ./model --bits 2 --data web.txt,code.jsonl,chats.jsonl:2 --watch news.txt --out q2
+  2.5 bits on average, more where a linear would lose more, fewer where less:
+    planish quantize ./model --bits 2.5 --out q2.5
   a publication's method, such as SignRound:
     planish quantize ./model --recipe signround --preset paper --out q4
   more bits for some linears, 16 for others:
@@ -67,6 +70,8 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
 one scale for 128 weights loses far more than that eighth buys. Both are symmetric: the scale's sign puts
 the one extra level on the larger tail, which zero points seldom beat and cost room beside.
 --bits 3 --target llama.cpp is w3g16k: 3.44 bits in its type Q3_K, where other groups would take 4.5.
+With a decimal point (2.5, 3.0) it is an average over the linears, codes counted and scales not, as in w2g64:
+what each loses at 2, 3, 4 and 8 bits is measured first. --bits 2.5 is --scheme w2.5g64; w2.5g64asym has zero points.
 
 KEY=VALUE sets a recipe's own keys: see planish recipes planish. --data takes embedded, a .txt, .raw
 or .jsonl file (FILE#field names its field) or a data set of the hub (NAME:config@split#field); self has
@@ -303,16 +308,18 @@ def export(
     say(f"wrote {written} ({size(disk_bytes(written))})")
 
 
-def _scheme(scheme: str | None, bits: int | None, target: str | None = None) -> str:
-    """--scheme, or --bits: at 2 bits a group of 128 loses too much, so that 2 means w2g64 (see the help); of 3 bits
+def _scheme(scheme: str | None, bits: str | None, target: str | None = None) -> str:
+    """--scheme, or --bits: below 3 bits a group of 128 loses too much, so that 2 means w2g64 (see the help); of 3 bits
     llama.cpp has one type."""
     if scheme is not None and bits is not None:
         raise PlanishError(f"--scheme {scheme} and --bits {bits} say the same thing twice; give one of them")
     if bits is None:
         return scheme or "w4g128"
-    if (bits, target) == (3, "llama.cpp"):
+    if not re.fullmatch(r"\d+(\.\d+)?", bits):
+        raise PlanishError(f"--bits {bits}; give a width such as 3, or an average such as 2.5")
+    if (bits, target) == ("3", "llama.cpp"):
         return "w3g16k"
-    return f"w{bits}g{64 if bits == 2 else 128}"
+    return f"w{bits}g{64 if float(bits) < 3 else 128}"
 
 
 def _keys(pairs: Iterable[str], command: Any = quantize, allowed: tuple[str, ...] = ()) -> dict[str, str]:
