@@ -84,6 +84,7 @@ def random_model(config: Any) -> Any:
         ("gptq", "w4g32"),
         ("gptq_v2", "w8g64asym"),
         ("compressed_tensors", "w3g32asym"),
+        ("compressed_tensors_int", "w8a8"),
     ],
 )
 @pytest.mark.parametrize(("recipe", "keys"), [("rtn", {}), ("rtn", {"search": True}), ("signround", SIGNROUND)])

@@ -33,9 +33,14 @@ from planish.source import Source
 from planish.stream import BlockStream, record
 
 META = torch.device("meta")
-# fp32 tensors of a weight's size that the eager definitions in `qtensor` hold at their fullest, besides what goes
-# in and comes out; a GPU has one kernel instead
-EAGER = {"planish::fake_quantize": 2, "planish::fake_quantize_backward": 5}
+# fp32 tensors of the first argument's size that eager definitions in `qtensor` and `quant.activation` hold at their
+# fullest, besides what goes in and comes out; a GPU has one kernel instead
+EAGER = {
+    "planish::fake_quantize": 2,
+    "planish::fake_quantize_backward": 5,
+    "planish::round_tokens": 3,
+    "planish::round_tokens_backward": 6,
+}
 PIECE = 1 << 25  # bytes from which glibc takes memory from the system, and gives it back at once
 FEW = 2  # tokens that edges are found by
 STEPS = 2  # in the second one the optimizer's moments lie beside the activations

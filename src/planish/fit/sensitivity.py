@@ -9,6 +9,7 @@ Weights have no gradient, W_hat is the searched range of each width, and of a wi
 measured. Knows nothing of budgets.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,12 +40,13 @@ def sensitivities(
         candidates: by full name; linears not named aren't measured.
         gradient: (which samples, hidden states behind the last block) -> gradient of the summed loss for them.
     """
-    inputs, moments = [], {}
+    inputs: list[Tensor] = []
+    moments: dict[str, Tensor] = {}
     for index in range(len(blocks.names)):
         block = blocks.load(index)
         linears = _linears(blocks.names[index], block, candidates)
         inputs.append(stream.copy(stream.fp))
-        moments |= input_moments(linears, lambda block=block, index=index: stream.advance(stream.fp, block, index))
+        moments |= input_moments(linears, functools.partial(stream.advance, stream.fp, block, index))
         blocks.unload(index)
     grads = torch.cat([gradient(part, stream.fp[part].to(stream.device)).to(stream.fp.device)
                        for part in stream.parts()])  # fmt: skip
@@ -130,7 +132,7 @@ def _linears(name: str, block: nn.Module, wanted: Mapping[str, Sequence[Scheme]]
 
 def _step(linear: nn.Module) -> int:
     """Of how many rows one is measured."""
-    return max(1, int(linear.weight.shape[0]) // ROWS)  # type: ignore[operator, union-attr]
+    return max(1, linear.get_parameter("weight").shape[0] // ROWS)
 
 
 @torch.no_grad()
