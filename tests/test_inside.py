@@ -123,6 +123,27 @@ def test_from_float_folder_to_folder(tiny_llama: Tiny, tmp_path: Path, recipe: s
     assert again.figures["end_to_end"] == [before, after], "the factors start by the seed"
 
 
+def test_stopped_it_goes_on_to_the_same_codes(tiny_llama: Tiny, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if event.index == 5:
+            raise Stopped
+
+    base, keys = tiny_llama(initializer_range=0.1), {**FEW, "steps": 6, "rate": 0.05}
+    whole = planish.finetune(base, tmp_path / "whole", "l4q", "w4g32", **DATA, keys=keys)
+    how = {**DATA, "keys": keys, "save_every": 2}
+    with pytest.raises(Stopped):
+        planish.finetune(base, tmp_path / "out", "l4q", "w4g32", progress=stop, **how)
+    again = planish.finetune(base, tmp_path / "out", "l4q", "w4g32", resume=True, **how)
+    assert again.figures["end_to_end"] == whole.figures["end_to_end"]
+    one, other = (QuantizedFolder.open(tmp_path / name) for name in ("whole", "out"))
+    assert one is not None and other is not None
+    pairs = zip(one.layers(), other.layers(), strict=True)
+    assert all(first.equal(second) for (_, first), (_, second) in pairs)
+
+
 def test_quantize_takes_it_too() -> None:
     model = planish.quantize(float_model(), "l4q", "w4g32", **DATA, **FEW)
     assert len(packed_layers(model)) == 14
