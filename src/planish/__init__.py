@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from planish.hf import register, unregister
     from planish.qtensor import QTensor
     from planish.scheme import Scheme, SchemeMap
-    from planish.trainable import convert, prepare
+    from planish.trainable import convert, parameter_groups, prepare
     from planish.transcode import export
     from planish.tuning import finetune
 
@@ -43,6 +43,7 @@ __all__ = [
     "generate",
     "info",
     "load",
+    "parameter_groups",
     "perplexity",
     "prepare",
     "quantize",
@@ -65,7 +66,7 @@ _HOME = {
     "planish.hf": ("register", "unregister"),
     "planish.qtensor": ("QTensor",),
     "planish.scheme": ("Scheme", "SchemeMap"),
-    "planish.trainable": ("convert", "prepare"),
+    "planish.trainable": ("convert", "parameter_groups", "prepare"),
     "planish.tuning": ("finetune",),
 }
 

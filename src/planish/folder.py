@@ -172,7 +172,7 @@ def layer_schemes(format: Format, words: Mapping[str, Any], arch: Arch, model: P
 
 def assemble(
     source: Source,
-    layers: Iterable[tuple[str, Weight]],
+    layers: Iterable[tuple[str, Weight | nn.Module]],
     device: torch.device,
     dtype: torch.dtype,
     schemes: Mapping[str, Scheme] | None = None,
@@ -180,6 +180,7 @@ def assemble(
     """The source's model with the given layers, on the device already, and all else in `dtype`.
 
     Args:
+        layers: what linears multiply by, or what takes their place.
         schemes: of the layers; they say how activations are rounded.
     """
     model = source.skeleton()
@@ -191,8 +192,11 @@ def assemble(
             continue
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         parent, _, leaf = name.rpartition(".")
+        if isinstance(quantized, nn.Module):
+            setattr(model.get_submodule(parent), leaf, quantized)
+            continue
+        bias = None if linear.bias is None else source.get(f"{name}.bias").to(device)
         how = schemes.get(name) if schemes else None
         packed = PackedLinear(
             quantized,

@@ -206,7 +206,13 @@ def _remarks(resolved: Resolved, probe: bool, absent: bool, pace: Pace | None) -
 def _windows(
     resolved: Resolved, data: Data, tokenizer: Any, seed: int
 ) -> tuple[Tensor | None, list[str]]:
-    """The samples that there are, and a note if they are fewer than asked for."""
+    """The samples that there are, and a note if they are fewer than asked for.
+
+    Raises:
+        PlanishError: if there are none, or the recipe has no stage that goes through the blocks.
+    """
+    if not resolved.recipe.blocks:
+        raise PlanishError(f"what {resolved.recipe.name} takes can't be foretold; it refuses itself what has no room")
     if not resolved.recipe.needs_data:
         return None, []
     if tokenizer is None and needs_tokenizer(data):

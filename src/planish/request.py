@@ -131,7 +131,7 @@ def resolve(
     arch = discover(skeleton := source.skeleton())
     shapes = linears(arch, skeleton)
     check_heads(skeleton, schemes := scheme_map.resolve(shapes))
-    hold = partial(_held, source, shapes, format, target, tp, embeddings)
+    hold = partial(_held, source, shapes, _with_offsets(built, format), target, tp, embeddings)
     widths = None if average is None else _widths(average, scheme_map, schemes, hold, shapes)
     asked, chosen, bits = hold(schemes if widths is None else schemes | widths.every())
     schemes |= {} if widths is None else widths.even()
@@ -153,6 +153,15 @@ def resolve(
         gguf=asked == GGUF,
         widths=widths,
     )
+
+
+def _with_offsets(recipe: Recipe, asked: str) -> str:
+    """The format that is asked for; native where the recipe trains offsets in weight units."""
+    if recipe.whole is None or recipe.whole.inside is None or not recipe.whole.inside.offset:
+        return asked
+    if asked not in ("auto", "native"):
+        raise PlanishError(f"{asked} can't hold offsets in weight units; give offset=integer, or --format native")
+    return "native"
 
 
 def _held(
@@ -217,7 +226,7 @@ def _recipe(name: str, preset: str | None, keys: dict[str, Any]) -> Recipe:
     built = build(name, preset, keys)
     if not built.stages:
         raise PlanishError(f"recipe {name!r} rounds nothing; let another follow it, as {name}+rtn")
-    if not built.blocks:
+    if not built.blocks and (built.whole is None or built.whole.inside is None):
         raise PlanishError(
             f"recipe {name!r} trains a model that is quantized already, and this one isn't; quantize it first, then "
             f"planish finetune DIR --recipe {name}"

@@ -73,7 +73,7 @@ class Run:
         if self.micro_batch < 1:
             raise PlanishError(f"a batch size of {self.micro_batch}; at least 1 sample at a time is needed")
         self.dtype = compute_dtype(self.source.dtype, self.device)
-        if len(self.recipe.blocks) != 1:
+        if len(self.recipe.blocks) != 1 and self.recipe.stages != (self.recipe.whole,):
             raise PlanishError(
                 f"recipe {self.recipe.name!r} goes through the blocks more than once; one pass is supported"
             )
@@ -87,8 +87,9 @@ class Run:
         )
         (self.ids,), self.watched = found.tensors, found.watched
         self.notes += [*found.notes, *([f"the state kept is the best on {self.watched}"] if self.watched else [])]
-        self.plan = self._plan(*self.ids.shape)
-        self.notes.append(self.plan.summary())
+        if self.recipe.blocks:
+            self.plan = self._plan(*self.ids.shape)
+            self.notes.append(self.plan.summary())
 
     def some(self, count: int) -> Tensor:
         """About so many of the run's windows, from all over them; new ones where the recipe needs none.

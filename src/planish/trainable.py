@@ -2,6 +2,8 @@
 
     model = planish.prepare(planish.load("q2"), "e2e_qp")                   a packed model: its scales learn
     model = planish.prepare(float_model, "block_ap", "w2g64")               a float one: quantizers on its linears
+    model = planish.prepare(float_model, "l4q", "w4g128")                   factors of low rank inside them
+    groups = planish.parameter_groups(model, "l4q")                         for an optimizer, each with its own rate
     ... train it with transformers' Trainer, TRL or a loop of your own ...
     planish.convert(model); planish.save(model, "out")
 
@@ -23,8 +25,10 @@ from planish.errors import PlanishError
 from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, slot_groups
 from planish.fit.spans import Stage
+from planish.fit.watch import peak_rates
 from planish.fit.whole import EndToEnd
 from planish.hf import attach
+from planish.inside import check_inside, open_start, put_inside
 from planish.kernels import siblings
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
@@ -58,6 +62,9 @@ def prepare(
     """
     built = build(recipe, preset, keys)
     model.requires_grad_(False)
+    if built.whole is not None and built.whole.inside is not None:
+        _prepare_inside(model, built.whole, scheme, layers, ignore)
+        return model
     if packed_layers(model) or (built.whole is not None and not built.blocks):
         if built.whole is None or built.blocks:
             raise PlanishError(f"the model is quantized already, and {recipe} quantizes; give the 16-bit original")
@@ -74,7 +81,9 @@ def prepare(
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
     """Pack, in place, what `prepare` made trainable; the model then computes what it was trained to."""
-    for name, module in list(model.named_modules()):
+    # by name, so that those that are packed are let go one by one
+    for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear | QLinear)]:
+        module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
             module.freeze()
         elif isinstance(module, QLinear) and module.quantizer is not None:
@@ -85,12 +94,68 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     return attach(siblings.settle(model.requires_grad_(False)))
 
 
+def parameter_groups(
+    model: PreTrainedModel, recipe: str, *, preset: str | None = None, **keys: Any
+) -> list[dict[str, Any]]:
+    """What a whole-model recipe trains of a prepared model, for a torch optimizer: groups, each with its peak rate.
+
+    Args:
+        model: of `prepare`, by the same recipe, preset and keys.
+
+    Raises:
+        PlanishError: if the recipe trains no whole model.
+    """
+    stage = build(recipe, preset, keys).whole
+    if stage is None:
+        raise PlanishError(f"recipe {recipe!r} trains no whole model, and its rates are of blocks; choose your own")
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in peak_rates(free_slots(model, stage), stage):
+        rates.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": 0.0} for rate, parameters in rates.items()]
+
+
+def _prepare_inside(
+    model: PreTrainedModel, stage: EndToEnd, scheme: str | None, layers: Iterable[str], ignore: Iterable[str]
+) -> None:
+    assert stage.inside is not None
+    if packed_layers(model):
+        raise PlanishError(f"the model is quantized already, and {stage.name} keeps the float one; give that")
+    start = open_start(stage.inside.start) if stage.inside.start else None
+    if scheme is None and start is None:
+        raise PlanishError(f"{stage.name} needs a scheme for a float model, such as w4g128")
+    shapes = linears(discover(model), model)
+    schemes = SchemeMap.parse(scheme, layers, ignore).resolve(shapes) if scheme else dict(start.schemes)  # type: ignore[union-attr]
+    check_inside(stage, schemes, shapes, start)
+    put_inside(model, stage, schemes, start)
+    free_slots(model.requires_grad_(False), stage)
+
+
+# slot of a stage with factors inside -> what a quantizer calls it
+INSIDE = {"factors": "weight", "scale": "range.scale", "zero": "range.zero", "offset": "range.offset"}
+
+
+def _free_inside(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[nn.Parameter, float]]]:
+    """By slot what there is; a symmetric grid has no zero points."""
+    layers = [module for module in model.modules() if isinstance(module, QLinear) and module.quantizer is not None]
+    if not layers:
+        raise PlanishError(f"{stage.name} trains what planish.prepare made of a float model; prepare it first")
+    found: dict[str, list[tuple[nn.Parameter, float]]] = {}
+    for slot in stage.rates:
+        pairs = [pair for layer in layers for pair in layer.quantizer.trainable(INSIDE[slot])]  # type: ignore[union-attr]
+        found |= {slot: pairs} if pairs else {}
+    for parameter, _ in (pair for pairs in found.values() for pair in pairs):
+        parameter.requires_grad_(True)
+    return found
+
+
 def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[nn.Parameter, float]]]:
     """Make the slots of a whole-model stage trainable; the parameters by slot, with the units of their rates.
 
     Raises:
         PlanishError: if the model isn't quantized, or lacks what is to be trained.
     """
+    if stage.inside is not None:
+        return _free_inside(model, stage)
     packed = packed_layers(model)
     if not packed:
         raise PlanishError(f"{stage.name} trains a quantized model, and this one isn't; quantize it first")

@@ -2,6 +2,8 @@
 
     model, figures = quantize_in_memory(run)     the blocks, then the stage behind them
 
+    model, figures = tune_float(run, stage, ...)  for a stage whose factors lie inside quantizers of the float model
+
     setting = planned(setting, size, ...)        by the Trainer, or lean where memory is short; refused if neither
     teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
     tune(model, stage, ids, labels, teacher, setting)
@@ -32,15 +34,18 @@ from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
 from planish.fit.teacher import last_hidden
 from planish.fit.watch import Setting, Slots, Windows, was_lean
-from planish.fit.whole import EndToEnd
+from planish.fit.whole import EndToEnd, Inside
 from planish.folder import assemble
 from planish.formats import FORMATS
+from planish.inside import check_inside, inside_layers, open_start
 from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
-from planish.log import Event, Progress, peak_bytes
+from planish.log import Clock, Event, Progress, peak_bytes
 from planish.plan import WholeSize, gpu_memory, host_memory, measure_room, plan_streams, plan_whole
 from planish.qtensor import PARTS, QTensor
+from planish.quant import QLinear
+from planish.quant.low_rank import TILE
 from planish.run import Run
 from planish.scheme import Scheme
 from planish.source import Source
@@ -50,6 +55,8 @@ from planish.trainable import convert, free_slots
 CHECKPOINTING_FROM = 500_000_000  # weights
 SAVE_EVERY = 16  # steps between the checkpoints of a run that shall survive a kill
 CHECKPOINTS, NATIVE = "whole", FORMATS["native"]
+UNCOMMON = "offsets in weight units are kept in the native format, which servers don't load; offset=integer is for them"
+TILE_PIECES = 6  # fp32 tiles that a product with factors inside holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +140,14 @@ def tune(
     teacher: Teacher | None,
     setting: Setting,
 ) -> Outcome:
-    """Train a packed model in place; it is frozen again afterwards, as it will be stored.
+    """Train a packed model, or one with factors inside, in place; it is packed afterwards, as it will be stored.
 
     Args:
         ids, labels: int64 [samples, tokens], aligned; see `fit.loss.NO_LABEL`.
-        teacher: needed if the stage distils; its hidden states in the order of `ids`.
+        teacher: needed if the stage distils from another model; its hidden states in the order of `ids`.
     """
-    assert teacher is not None or stage.distill == 0
-    arch, parameters = discover(model, PackedLinear), free_slots(model, stage)
+    assert teacher is not None or stage.distill == 0 or (stage.inside is not None and stage.inside.own_teacher)
+    arch, parameters = discover(model, (PackedLinear, QLinear)), free_slots(model, stage)
     objective = Objective(
         model,
         arch,
@@ -237,18 +244,24 @@ def whole_size(
         if (scheme := schemes.get(name)) is None:
             continue
         groups, stored = rows * scheme.groups_in(columns), {"scale": 2} if scheme.symmetric else {"scale": 2, "zero": 1}
-        # weights that are trained have no codes, but what they started from and what they round to
-        codes += 2 * item * rows * columns if latent else rows * scheme.bits * -(-columns // 8)
+        if stage.inside is not None:
+            # the frozen weight has no codes either, and units where it has 8 bits
+            codes += rows * columns + 4 * groups if stage.inside.in_8_bits else item * rows * columns
+            of_block[block] += stage.inside.rank * (rows + columns) + groups * ("offset" in stage.rates)
+        else:
+            # weights that are trained have no codes, but what they started from and what they round to
+            codes += 2 * item * rows * columns if latent else rows * scheme.bits * -(-columns // 8)
         codes += groups * sum(count for slot, count in stored.items() if slot not in stage.rates)
         of_block[block] += groups * sum(slot in stage.rates for slot in stored) + rows * columns * latent
     head = config.vocab_size * config.hidden_size * item if stage.distill > 0 else 0
     packed = [shapes[name] for name in schemes]
+    largest_linear = max((rows * columns for rows, columns in packed), default=0)
     return WholeSize(
         fixed=codes + head + item * sum(value.numel() for value in rest),
         trained=sum(of_block),
         largest=max(of_block),
         weights=sum(rows * columns for rows, columns in packed),
-        dense=item * max((rows * columns for rows, columns in packed), default=0),
+        dense=item * largest_linear + TILE_PIECES * 4 * min(TILE, largest_linear) * (stage.inside is not None),
         graph=max(graph),
         logits=4 * config.vocab_size * (10 if stage.distill > 0 else 6),
         boundary=config.hidden_size * item,
@@ -278,18 +291,11 @@ def quantize_in_memory(
     if examples is None:
         assert run.ids is not None
         examples = Examples(ids=run.ids, labels=run.ids, note="")
+    if stage.inside is not None:
+        return tune_float(run, stage, stage.inside, examples, how)
     size = whole_size(source.skeleton(), run.schemes, stage, run.dtype)
     with _checkpoints(run) as folder:
-        setting = Setting(
-            folder=folder,
-            device=run.device,
-            seed=run.seed,
-            micro_batch=run.micro_batch,
-            checkpointing=wants_checkpointing(size, run.device),
-            resume=run.journal is not None,
-            save_every=SAVE_EVERY if run.journal else 0,
-            progress=run.progress,
-        )
+        setting = _setting_of(run, size, folder)
         try:
             setting = planned(how(setting), size, stage, examples.ids.shape[1])
         except PlanishError as reason:
@@ -299,17 +305,7 @@ def quantize_in_memory(
             layers, trained, figures = _blocks(run)
             return _assembled(run, layers, trained, source.dtype), {**figures, "notes": [*figures["notes"], note]}
         layers, trained, figures = _blocks(run)
-        teacher = None
-        if stage.distill > 0:
-            teacher = teacher_of(
-                source,
-                examples.ids,
-                device=run.device,
-                dtype=run.dtype,
-                micro_batch=run.micro_batch,
-                directory=run.stream_folder,
-                progress=run.progress,
-            )
+        teacher = _teacher(run, examples) if stage.distill > 0 else None
         model = _assembled(run, layers, trained, run.dtype)
         outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
@@ -327,6 +323,81 @@ def _checkpoints(run: Run) -> Iterator[Path]:
     run.journal.streams.mkdir(parents=True, exist_ok=True)  # the teacher's may wait there
     with run.journal.reporting():
         yield folder
+
+
+def tune_float(
+    run: Run, stage: EndToEnd, inside: Inside, examples: Examples, how: Callable[[Setting], Setting]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train factors inside the quantizers of a float model, which stays as it is; the packed model and figures.
+
+    Args:
+        examples, how: as of `quantize_in_memory`.
+
+    Raises:
+        PlanishError: if the start doesn't fit the request, or memory is too short for any way.
+    """
+    source, clock = run.source, Clock()
+    start = open_start(inside.start) if inside.start else None
+    check_inside(stage, run.schemes, linears(run.arch, source.skeleton()), start)
+    notes = [UNCOMMON] if inside.offset else []
+    with _checkpoints(run) as folder:
+        stage, setting = _with_base(
+            run, stage, inside, examples.ids.shape[1], lambda size: how(_setting_of(run, size, folder))
+        )
+        if stage.inside != inside:
+            notes.append("the frozen weights are held in 8 bits: of 16 there is no room")
+        for note in notes:
+            if run.progress:
+                run.progress(Event(stage=stage.name, index=0, total=0, note=note))
+        teacher = _teacher(run, examples) if stage.distill > 0 and not inside.own_teacher else None
+        torch.manual_seed(run.seed)  # of the factors
+        layers = inside_layers(source, stage, run.schemes, run.device, run.dtype, start)
+        model = assemble(source, layers, run.device, run.dtype, run.schemes)
+        outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
+    figures = {"seconds": round(clock.seconds, 2), "notes": notes, **figures_of(outcome, run.device)}
+    return cast_parameters(model, source.dtype), figures
+
+
+def _with_base(
+    run: Run, stage: EndToEnd, inside: Inside, seqlen: int, setting_of: Callable[[WholeSize], Setting]
+) -> tuple[EndToEnd, Setting]:
+    """The stage and how it trains; with frozen weights in 8 bits where those of 16 don't fit and it may choose."""
+    bases = ["16", "int8"] if inside.base == "auto" and not inside.in_steps else [inside.base]
+    for base in bases:
+        tried = stage if base == "16" else dataclasses.replace(stage, inside=dataclasses.replace(inside, base=base))
+        size = whole_size(run.source.skeleton(), run.schemes, tried, run.dtype)
+        try:
+            return tried, planned(setting_of(size), size, tried, seqlen)
+        except PlanishError:
+            if base == bases[-1]:
+                raise
+    raise AssertionError("the last one returns or raises")
+
+
+def _setting_of(run: Run, size: WholeSize, folder: Path) -> Setting:
+    return Setting(
+        folder=folder,
+        device=run.device,
+        seed=run.seed,
+        micro_batch=run.micro_batch,
+        checkpointing=wants_checkpointing(size, run.device),
+        resume=run.journal is not None,
+        save_every=SAVE_EVERY if run.journal else 0,
+        progress=run.progress,
+    )
+
+
+def _teacher(run: Run, examples: Examples) -> Teacher:
+    """The float model of a run, to distil from."""
+    return teacher_of(
+        run.source,
+        examples.ids,
+        device=run.device,
+        dtype=run.dtype,
+        micro_batch=run.micro_batch,
+        directory=run.stream_folder,
+        progress=run.progress,
+    )
 
 
 def _blocks(run: Run) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:

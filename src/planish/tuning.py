@@ -33,6 +33,7 @@ from planish.fit.whole import EndToEnd
 from planish.folder import QuantizedFolder, assemble, write_model
 from planish.formats import FORMATS, verify
 from planish.formats.format import Format
+from planish.inside import open_start, scheme_text
 from planish.instruct import Examples, load_examples
 from planish.journal import fingerprint
 from planish.log import Clock, Event, Progress, RunManifest, versions
@@ -141,6 +142,10 @@ def finetune(
     quantized = None if str(model).endswith(".gguf") else QuantizedFolder.open(model)
     if quantized is not None and built.blocks:
         raise PlanishError(f"{model} is quantized already, and {recipe} begins with a float model; use --recipe e2e_qp")
+    if quantized is not None and stage.inside is not None:
+        raise PlanishError(
+            f"{model} is quantized already, and {recipe} keeps the float model; give that one, with start={model}"
+        )
     with _work_folder(writer.out) as work:
         if quantized is None:
             return _from_float(model, writer, work, recipe, request)
@@ -277,10 +282,11 @@ def _from_float(
     model: str | os.PathLike[str], writer: CheckpointWriter, work: Path, recipe: str, request: Tuning
 ) -> RunManifest:
     """The blocks on calibration windows of the data, then the whole on its examples."""
+    start = request.keys.get("start")
     resolved = resolve(
         model,
         recipe,
-        request.scheme or "w4g128",
+        request.scheme or (scheme_text(open_start(start)) if start else "w4g128"),
         preset=request.preset,
         format=request.format,
         adapter=request.adapter,

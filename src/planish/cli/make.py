@@ -92,6 +92,9 @@ codes stay; or a float model, for a recipe that quantizes first.
     planish finetune ./model --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
   the same with a LoRA that is there already, merged before anything is rounded:
     planish finetune ./model --adapter ./lora --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
+  factors of low rank inside the quantizers of a float model, which ends packed, without an adapter:
+    planish finetune ./model --recipe l4q --scheme w4g128 --data chats.jsonl --out q4
+    planish finetune ./model --recipe l4q --data chats.jsonl --out q2-tuned start=q2 distill=1
   go on after a kill, from the last checkpoint:
     planish finetune q2 --data text.jsonl --out q2-tuned --save-every 100 --resume
 

@@ -103,6 +103,10 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.watch.due(state.global_step) and not self.watch.check(state.global_step):
             _forget(kwargs["optimizer"])
+            schedule = kwargs["lr_scheduler"]
+            schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] /= 2
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"

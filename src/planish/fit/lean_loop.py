@@ -64,13 +64,14 @@ def finetune_lean(
             continue  # the order goes on where it was
         share = rate_share(done - 1, steps, round(stage.warmup * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * share * watch.damping
         skipped += trainer.step(windows[batch]).skipped
         if watch.due(done):
             note = f"{skipped} gradients not finite by step {done}: skipped" if skipped else ""
             skipped = 0
             if not watch.check(done, note):
                 optimizer.state.clear()
+                watch.damping /= 2
         if setting.save_every and (done % setting.save_every == 0 or done == steps):
             saver.save(setting.folder / f"checkpoint-{done}", done)
     watch.restore()
@@ -89,14 +90,15 @@ class Saver:
         folder.mkdir(parents=True)
         save_file(self.objective.state_dict(), folder / TRAINED)
         clipping = {CLIPPING + name: value for name, value in self.trainer.state_dict().items()}
-        self.watch.save(folder, done, {**self.optimizer.state_dict(), **clipping}, {})
+        self.watch.save(folder, done, {**self.optimizer.state_dict(), **clipping}, {"damping": self.watch.damping})
         self.written.append(folder)
         while len(self.written) > KEPT:
             shutil.rmtree(self.written.pop(0), ignore_errors=True)
 
     def resume(self, folder: Path) -> None:
         self.written.append(folder)
-        tensors, _ = self.watch.resume(folder)
+        tensors, facts = self.watch.resume(folder)
+        self.watch.damping = facts.get("damping", 1.0)
         clipping = [name for name in tensors if name.startswith(CLIPPING)]
         self.trainer.load_state_dict({name.removeprefix(CLIPPING): tensors.pop(name) for name in clipping})
         self.optimizer.load_state_dict(tensors)
@@ -123,7 +125,8 @@ def _optimizer(
 
 def _trainer(objective: Objective, optimizer: Adam8, stage: EndToEnd, micro_batch: int) -> LeanTrainer:
     def loss(hidden: Tensor, part: Mapping[str, Tensor]) -> Tensor:
-        return objective.of_hidden(hidden, part["labels"], part.get("teacher"))
+        teacher = objective.own_hidden(part["input_ids"]) if objective.own_teacher else part.get("teacher")
+        return objective.of_hidden(hidden, part["labels"], teacher)
 
     objective.eval()
     return LeanTrainer(objective.model, loss, optimizer, clip=stage.clip, micro_batch=micro_batch)

@@ -3,7 +3,8 @@
     loss = sum over tokens of `next_token`, over the tokens that have a label
 
 Its state is what is trained and nothing else. The other model of a distillation comes as its last hidden states:
-they take hidden / vocabulary of the room of its logits, and are made once, block by block (`fit.teacher`).
+they take hidden / vocabulary of the room of its logits, and are made once, block by block (`fit.teacher`); or anew
+at each step, by the same modules without their quantizers.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from planish.arch import Arch
 from planish.fit.loss import NO_LABEL, in_chunks, next_token
+from planish.quant import as_float
 
 
 def logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -42,7 +44,8 @@ class Objective(nn.Module):
         model: an ordinary transformers language model, its trainable tensors marked.
         arch: where its decoder is.
         distill, temperature: see `next_token`.
-        teacher_logits: the other model's head, taking its hidden states; if `distill` is above 0.
+        teacher_logits: the other model's head, taking its hidden states; None distils from the model itself without
+            its quantizers.
     """
 
     accepts_loss_kwargs = True  # to transformers' Trainer: the sum is divided by the tokens of the whole step
@@ -60,7 +63,9 @@ class Objective(nn.Module):
         self.model = model
         self.decoder_name = arch.decoder
         self.distill, self.temperature = distill, temperature
-        self._logits, self._teacher_logits = logits_of(model), teacher_logits
+        self._logits = logits_of(model)
+        self.own_teacher = distill > 0 and teacher_logits is None
+        self._teacher_logits = teacher_logits or self._logits
 
     def forward(
         self,
@@ -76,10 +81,22 @@ class Objective(nn.Module):
             teacher: the other model's last hidden states [batch, tokens, hidden].
             num_items_in_batch: tokens with a label in the whole step, where this is a part of it.
         """
+        if self.own_teacher:
+            teacher = self.own_hidden(input_ids)
         hidden = self.model.get_submodule(self.decoder_name)(input_ids=input_ids, use_cache=False)[0]
         total = self.of_hidden(hidden, labels, teacher)
         count = (labels != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    @torch.no_grad()
+    def own_hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [batch, tokens, hidden] of the float model whose weights the quantizers started from."""
+        was = self.model.training
+        self.model.eval()
+        with as_float(self.model):
+            hidden: Tensor = self.model.get_submodule(self.decoder_name)(input_ids=input_ids, use_cache=False)[0]
+        self.model.train(was)
+        return hidden
 
     def of_hidden(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
         """Summed loss of last hidden states [batch, tokens, hidden]."""
@@ -89,7 +106,7 @@ class Objective(nn.Module):
         def loss(piece: Tensor, part: slice) -> Tensor:
             logits = None
             if self.distill > 0:
-                assert theirs is not None and self._teacher_logits is not None
+                assert theirs is not None
                 with torch.no_grad():
                     logits = self._teacher_logits(theirs[part])
             return next_token(self._logits(piece), wanted[part], logits, self.distill, self.temperature)

@@ -3,8 +3,8 @@
     rate of a parameter = rate of its slot * (the parameter's unit, where rates are relative)
 
 A few windows are held out: the state kept is the best on them, step 0 counted, and a loss that isn't finite rolls
-back to it. It lies in host memory. Checkpoints are safetensors and JSON and name the run they belong to. Knows
-nothing of how a step is made.
+back to it and halves the rates. It lies in host memory. Checkpoints are safetensors and JSON and name the run they
+belong to. Knows nothing of how a step is made.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from planish.log import Clock, Event, Progress, peak_bytes
 # by slot of a stage's rates: parameters, each with the unit of its rate
 Slots = Mapping[str, Sequence[tuple[nn.Parameter, float]]]
 
+ROLLED_BACK = "rolled back, rate halved"
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "planish.json"
 
 
@@ -97,6 +98,7 @@ class Watch:
     Attributes:
         before, loss: held-out loss at step 0 and of the state kept; of `begin` or `resume`.
         notes: what went wrong on the way.
+        damping: what a lean loop multiplies rates by.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Watch:
         self.before = self.loss = float("nan")
         self.notes, self.clock, self.start = list[str](), Clock(), 0
         self.best: dict[str, Tensor] = {}
+        self.damping = 1.0
 
     @property
     def outcome(self) -> Outcome:
@@ -141,7 +144,7 @@ class Watch:
 
     def check(self, done: int, note: str = "") -> bool:
         """Measure after `done` steps: is the loss finite? The state is kept if it is the best, rolled back if not
-        finite; the caller then forgets moments.
+        finite; the caller then forgets moments and halves its rates.
 
         Args:
             note: what else is to be said.
@@ -150,7 +153,9 @@ class Watch:
         finite = math.isfinite(value)
         if not finite:
             self.restore()
-            note = f"loss not finite at step {done}: rolled back"
+            # said once: what goes on being too fast is halved again
+            told = any(ROLLED_BACK in earlier for earlier in self.notes)
+            note = note if told else f"loss not finite at step {done}: {ROLLED_BACK}"
         elif value < self.loss:
             self.loss = value
             for name, current in self.objective.state_dict().items():

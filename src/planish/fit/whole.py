@@ -3,19 +3,72 @@
     minimise over s (and z)   (1 - distill) * CE(text) + distill * KL(float model || model),   W_hat = s * (Q - z)
 
 E2E-QP, the second half of EfficientQAT (arXiv 2407.11062), and PEQA (arXiv 2305.14152) are of this kind. Where the
-codes move too, Q = round(W' / s) + z and W' is trained, starting from W_hat, as LLM-QAT does (arXiv 2305.17888). This
-file says what is trained and how; `fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
+codes move too, Q = round(W' / s) + z and W' is trained, starting from W_hat, as LLM-QAT does (arXiv 2305.17888). With
+factors of low rank inside the quantizer, a float model is trained so (L4Q, LR-QAT: see `quant.low_rank`). This file
+says what is trained and how; `fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from planish.errors import PlanishError
+from torch import nn
+
+from planish.errors import PlanishError, nearest
 from planish.fit.reconstruct import steps_for
+from planish.quant import Learned, LowRank, LowRankSteps, Searched, Unclipped
 
 # epochs that aren't given: as many as pass over PASSED windows, but no fewer than this
 PASSED, FEWEST = 1024, 1.0
+BASES = ("auto", "16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """Factors of low rank inside the quantizer, and where its grid starts.
+
+    Args:
+        rank, alpha: as of `quant.LowRank`.
+        in_steps: in steps of the grid, on a frozen weight of 8 bits (LR-QAT); else in the weight's units (L4Q).
+        base: what L4Q's frozen weight is held in: "16" (or 32) bits, "int8", or "auto", int8 where memory is short.
+        search: the grid starts where it loses least; else at L4Q_init.
+        start: a quantized folder of the same model to start from instead.
+        offset: an offset in weight units is trained.
+    """
+
+    rank: int = 16
+    alpha: float = 1.0
+    in_steps: bool = False
+    base: str = "auto"
+    search: bool = True
+    start: str = ""
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise PlanishError(f"rank={self.rank} and alpha={self.alpha}; the rank must be 1 or more, alpha above 0")
+        if self.base not in BASES:
+            raise PlanishError(f"base={self.base!r}: {nearest(self.base, BASES)}")
+
+    @property
+    def in_8_bits(self) -> bool:
+        return self.in_steps or self.base == "int8"
+
+    @property
+    def own_teacher(self) -> bool:
+        """Do the frozen weights give the float model, to distil from? Those of a start have moved."""
+        return not (self.in_steps or self.start)
+
+    @property
+    def weight_slot(self) -> Callable[..., nn.Module]:
+        if self.in_steps:
+            return functools.partial(LowRankSteps, rank=self.rank, alpha=self.alpha)
+        return functools.partial(LowRank, rank=self.rank, alpha=self.alpha, int8=self.in_8_bits)
+
+    def range_slot(self, start: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
+        """What builds the range slot, from `start` if that is given."""
+        return functools.partial(Learned, start=start or (Searched if self.search else Unclipped), offset=self.offset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +77,9 @@ class EndToEnd:
 
     Args:
         name: shown in progress.
-        rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": W') -> learning rate at its peak.
-            Slots that aren't named stay.
+        rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": W'; of `inside` "factors" and "offset")
+            -> learning rate at its peak. Slots that aren't named stay.
+        inside: factors inside the quantizers of a float model; None trains a packed one.
         relative: rates of scales and weights are in units of each matrix's mean |s|, that of norms of each one's mean
             size, so that one rate suits every layer; else in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
@@ -43,6 +97,7 @@ class EndToEnd:
 
     name: str
     rates: Mapping[str, float] = field(default_factory=dict)
+    inside: Inside | None = None
     relative: bool = True
     distill: float = 0.0
     temperature: float = 1.0

@@ -1,8 +1,9 @@
 """The equation of quantization with its three slots, in pure torch; knows nothing of models or methods."""
 
-from planish.quant.linear import QLinear
+from planish.quant.linear import QLinear, as_float
+from planish.quant.low_rank import LowRank, LowRankSteps
 from planish.quant.quantizer import Quantizer
-from planish.quant.range import Clip, Grid, Learned, MinMax, Searched, TunedMinMax
+from planish.quant.range import Clip, Given, Grid, Learned, MinMax, Searched, TunedMinMax, Unclipped, grid_of
 from planish.quant.rounding import Nearest, Offset
 from planish.quant.weight import Fixed, Free
 
@@ -10,8 +11,11 @@ __all__ = [
     "Clip",
     "Fixed",
     "Free",
+    "Given",
     "Grid",
     "Learned",
+    "LowRank",
+    "LowRankSteps",
     "MinMax",
     "Nearest",
     "Offset",
@@ -19,4 +23,7 @@ __all__ = [
     "Quantizer",
     "Searched",
     "TunedMinMax",
+    "Unclipped",
+    "as_float",
+    "grid_of",
 ]

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from planish.qtensor import QTensor, encode, fake_quantize, from_groups, store_shared, to_groups
-from planish.quant.range import Grid, MinMax
+from planish.quant.low_rank import LowRank, LowRankSteps
+from planish.quant.range import Grid, Learned, MinMax
 from planish.quant.rounding import Nearest
 from planish.quant.weight import Fixed
 from planish.scheme import Scheme
@@ -50,31 +52,54 @@ class Quantizer(nn.Module):
         if importance is not None and importance.ndim == 1:
             importance = to_groups(importance.float().unsqueeze(0), self.group_size)[0]
         self.range = range_slot(groups, scheme, importance)
+        if isinstance(self.weight, LowRank):
+            self.weight.start(weight, self.range(groups))
         self.rounding = rounding_slot(groups, scheme)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W_hat^T + bias, [..., out] of [..., in]."""
+        if isinstance(self.weight, LowRank):
+            assert isinstance(self.range, Learned) and isinstance(self.rounding, Nearest)
+            return self.weight.multiply(x, weight, bias, self._grid())
+        return functional.linear(x, self(weight), bias)
 
     def _parts(self, weight: Tensor) -> tuple[Tensor, Grid, Tensor | None]:
         groups = to_groups(self.weight(weight), self.group_size)
-        grid: Grid = self.range(groups)
-        if self.scheme.shared:
-            grid = Grid(store_shared(grid.scale), grid.zero)
-        return groups, grid, self.rounding()
+        return groups, self._grid(groups), self.rounding()
+
+    def _grid(self, *groups: Tensor) -> Grid:
+        """As it will be stored; of a `Learned` range without groups."""
+        grid: Grid = self.range(*groups)
+        return grid._replace(scale=store_shared(grid.scale)) if self.scheme.shared else grid
 
     def forward(self, weight: Tensor) -> Tensor:
         """W_hat [out, in] in the weight's dtype, with straight-through gradients to the slots."""
         groups, grid, rounding = self._parts(weight)
-        values = fake_quantize(groups, rounding, grid.scale, grid.zero, self.scheme.bits, weight.dtype)
+        if isinstance(self.weight, LowRankSteps):
+            assert rounding is None
+            values = self.weight.latent(weight).round(groups, grid, weight.dtype)
+        elif grid.offset is not None:
+            shifted = groups - grid.offset
+            values = fake_quantize(shifted, rounding, grid.scale, grid.zero, self.scheme.bits, torch.float32)
+            values = (values + grid.offset).to(weight.dtype)
+        else:
+            values = fake_quantize(groups, rounding, grid.scale, grid.zero, self.scheme.bits, weight.dtype)
         return from_groups(values, self.in_features)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QTensor:
         """The codes that `forward` multiplies by."""
         groups, grid, rounding = self._parts(weight)
-        codes = encode(groups, grid.scale, grid.zero, self.scheme.bits, rounding)
+        if isinstance(self.weight, LowRankSteps):
+            codes = self.weight.latent(weight).levels(groups, grid) + grid.zero
+        else:
+            codes = encode(groups, grid.scale, grid.zero, self.scheme.bits, rounding, grid.offset)
         zero = None if self.scheme.symmetric else grid.zero.squeeze(-1).to(torch.uint8)
         return QTensor(
             codes=from_groups(codes, self.in_features).to(torch.uint8).contiguous(),
             scale=grid.scale.squeeze(-1).half(),
             zero=zero,
+            offset=None if grid.offset is None else grid.offset.detach().squeeze(-1).float(),
             bits=self.scheme.bits,
             group_size=self.group_size,
         )

@@ -9,21 +9,31 @@ Grid.
 Legend: groups [out, G, g]; grids [out, G, 1], fp32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.qtensor import midpoint, store
+from planish.qtensor import QTensor, midpoint, store
 from planish.quant.search import search_grid
 from planish.scheme import Scheme
 
 
 class Grid(NamedTuple):
-    """Scale (fp32, storable in fp16) and zero point (fp32 integers in [0, 2^bits - 1]), each [out, G, 1]."""
+    """Scale (fp32, storable in fp16), zero point (fp32 integers in [0, 2^bits - 1]) and, in few methods, an offset in
+    weight units, each [out, G, 1]."""
 
     scale: Tensor
     zero: Tensor
+    offset: Tensor | None = None
+
+
+def grid_of(weight: QTensor) -> Grid:
+    """The grid of what is quantized already."""
+    scale = weight.scale.float().unsqueeze(-1)
+    zero = torch.full_like(scale, midpoint(weight.bits)) if weight.zero is None else weight.zero.float().unsqueeze(-1)
+    return Grid(scale, zero, None if weight.offset is None else weight.offset.unsqueeze(-1))
 
 
 class RoundThrough(torch.autograd.Function):
@@ -107,13 +117,36 @@ class MinMax(nn.Module):
         return asymmetric_grid(low, high, self.bits)
 
 
+class Unclipped(MinMax):
+    """L4Q_init (arXiv 2402.04902): s = max(|low| / 2^(b-1), |high| / (2^(b-1) - 1)), so that neither end is clipped;
+    asymmetric it is min/max."""
+
+    def forward(self, groups: Tensor) -> Grid:
+        if not self.symmetric:
+            return super().forward(groups)
+        low, high = ends(groups)
+        level = midpoint(self.bits)
+        return symmetric_grid(torch.maximum(-low / level, high / (level - 1)), self.bits)
+
+
+class Given(nn.Module):
+    """A grid that is there already, such as that of a quantized model."""
+
+    def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None, *, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, groups: Tensor) -> Grid:
+        return self.grid
+
+
 class Searched(nn.Module):
     """The grid of least squared error, each input weighed by its mean square over the calibration data."""
 
     def __init__(self, groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
         super().__init__()
         start = MinMax(groups, scheme)(groups)
-        scale, zero = search_grid(groups, scheme, importance, *start)
+        scale, zero = search_grid(groups, scheme, importance, start.scale, start.zero)
         self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
 
     def forward(self, groups: Tensor) -> Grid:
@@ -134,7 +167,7 @@ class TunedMinMax(nn.Module):
         super().__init__()
         self.bits, self.symmetric = scheme.bits, scheme.symmetric
         self.limit = 2.0 if search else 1.0
-        scale, zero = (Searched if search else MinMax)(groups, scheme, importance)(groups)
+        scale, zero, _ = (Searched if search else MinMax)(groups, scheme, importance)(groups)
         self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
         self.low_factor = nn.Parameter(torch.ones_like(scale))
         if not self.symmetric:
@@ -158,6 +191,9 @@ class Learned(nn.Module):
     Args:
         search: start from `Searched` instead of min/max.
         relative: False has the rate of s in the weight's own units, as published.
+        start: what builds the slot to start from instead of either.
+        offset: an offset o in weight units is trained too, starting at 0 (L4Q's b, arXiv 2402.04902); its rate is in
+            units of the mean |s| too.
     """
 
     def __init__(
@@ -167,19 +203,26 @@ class Learned(nn.Module):
         importance: Tensor | None = None,
         search: bool = True,
         relative: bool = True,
+        start: Callable[..., nn.Module] | None = None,
+        offset: bool = False,
     ) -> None:
         super().__init__()
         self.bits, self.symmetric = scheme.bits, scheme.symmetric
-        scale, zero = (Searched if search else MinMax)(groups, scheme, importance)(groups)
-        self.units = {"scale": scale.abs().mean().item()} if relative else {}
+        built = start or (Searched if search else MinMax)
+        scale, zero, given = built(groups, scheme, importance)(groups)
+        step = scale.abs().mean().item()
+        self.units = {"scale": step, "offset": step} if relative else {}
         self.scale = nn.Parameter(scale.clone())
         if not self.symmetric:
             self.zero = nn.Parameter(zero.clone())
+        if offset or given is not None:
+            self.offset = nn.Parameter(torch.zeros_like(scale) if given is None else given.clone())
 
-    def forward(self, groups: Tensor) -> Grid:
+    def forward(self, groups: Tensor | None = None) -> Grid:
+        offset = getattr(self, "offset", None)
         if self.symmetric:
-            return symmetric_grid(self.scale, self.bits)
-        return Grid(store(self.scale), RoundThrough.apply(self.zero).clamp(0, 2**self.bits - 1))
+            return symmetric_grid(self.scale, self.bits)._replace(offset=offset)
+        return Grid(store(self.scale), RoundThrough.apply(self.zero).clamp(0, 2**self.bits - 1), offset)
 
 
 @torch.library.custom_op("planish::clipped", mutates_args=())

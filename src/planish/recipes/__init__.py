@@ -12,8 +12,14 @@ from planish.recipes.e2e_qp import PRESETS as E2E_QP_PRESETS
 from planish.recipes.e2e_qp import e2e_qp
 from planish.recipes.efficientqat import PRESETS as EFFICIENTQAT_PRESETS
 from planish.recipes.efficientqat import efficientqat
+from planish.recipes.l4q import PRESETS as L4Q_PRESETS
+from planish.recipes.l4q import l4q
+from planish.recipes.lrqat import PRESETS as LRQAT_PRESETS
+from planish.recipes.lrqat import lrqat
 from planish.recipes.omniquant import PRESETS as OMNIQUANT_PRESETS
 from planish.recipes.omniquant import omniquant
+from planish.recipes.peqa import PRESETS as PEQA_PRESETS
+from planish.recipes.peqa import peqa
 from planish.recipes.planish import PRESETS as PLANISH_PRESETS
 from planish.recipes.planish import planish
 from planish.recipes.recipe import Recipe, build, describe, split_preset
@@ -36,6 +42,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "block_ap": block_ap,
     "e2e_qp": e2e_qp,
     "efficientqat": efficientqat,
+    "peqa": peqa,
+    "l4q": l4q,
+    "lrqat": lrqat,
 }
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "planish": PLANISH_PRESETS,
@@ -47,6 +56,9 @@ PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "block_ap": BLOCK_AP_PRESETS,
     "e2e_qp": E2E_QP_PRESETS,
     "efficientqat": EFFICIENTQAT_PRESETS,
+    "peqa": PEQA_PRESETS,
+    "l4q": L4Q_PRESETS,
+    "lrqat": LRQAT_PRESETS,
 }
 
 __all__ = ["PRESETS", "RECIPES", "Recipe", "build", "describe", "split_preset"]

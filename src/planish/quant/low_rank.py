@@ -1,0 +1,270 @@
+"""LowRank: factors of low rank added to a frozen weight inside the quantizer, and the product with what is rounded.
+
+    L4Q (arXiv 2402.04902)      W' = W0 + alpha B A,   W_hat = s (clamp(round((W' - o) / s) + z) - z) + o
+    LR-QAT (arXiv 2406.06385)   Z = phi + alpha B A,   W_hat = s (clamp(round(Z) + m) - z)
+                                phi = W0 / s0 + z - m in 8 bits, m = 2^(bits-1)
+
+With G = dY^T X and `inside` where no code was clamped, the gradients are, for L4Q,
+
+    dX = dY W_hat,  dW' = G inside,  dB = alpha dW' A^T,  dA = alpha B^T dW'
+    ds = sum of G ((Q - z) - inside (W' - o) / s),   dz = -sum of s G outside,   do = sum of G outside
+
+and for LR-QAT, whose codes don't depend on s, dZ = s G inside, ds = sum of G (Q - z) and dz = -s sum of G. A graph
+holds X, the frozen weight, A, B and the grid, nothing else of the size of a weight; G exists a tile of rows at a time.
+Conversion adds the same tiles up, so that what was trained is what is packed. Knows nothing of layers, nor of what
+trains them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from planish.qtensor import fake_quantize, fake_quantize_backward, from_groups, midpoint, to_groups
+from planish.quant.range import Grid
+from planish.scheme import Scheme
+
+TILE = 2**24  # weights of a tile: 64 MiB for each fp32 temporary
+
+
+def tiles(out_features: int, in_features: int) -> Iterator[slice]:
+    """Rows of a weight, a tile at a time."""
+    step = max(1, TILE // in_features)
+    return (slice(start, start + step) for start in range(0, out_features, step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """What is rounded, but for the grid.
+
+    Args:
+        base: the frozen part [out, in], float; or int8, in units of `unit`.
+        unit: None, or fp32 [out, G, 1] or [1, 1, 1].
+        a, b: the factors, [rank, in] and [out, rank].
+        alpha: what their product is multiplied by.
+        in_steps: base and product are in steps of the grid (LR-QAT), else in the weight's units (L4Q).
+        bits, group_size: of the codes.
+    """
+
+    base: Tensor
+    unit: Tensor | None
+    a: Tensor
+    b: Tensor
+    alpha: float
+    in_steps: bool
+    bits: int
+    group_size: int
+
+    def frozen(self, rows: slice) -> Tensor:
+        """The frozen part, fp32 [rows, in]."""
+        base = self.base[rows].float()
+        if self.unit is None:
+            return base
+        unit = self.unit if len(self.unit) == 1 else self.unit[rows]
+        return from_groups(to_groups(base, self.group_size) * unit, base.shape[1])
+
+    def rows(self, rows: slice) -> Tensor:
+        """W' or Z, fp32 [rows, G, g]; never by autocast, or training would round otherwise than conversion."""
+        base = self.frozen(rows)
+        with torch.autocast(base.device.type, enabled=False):
+            merged = torch.addmm(base, self.b[rows].float(), self.a.float(), alpha=self.alpha)
+        return to_groups(merged, self.group_size)
+
+    def whole(self) -> Tensor:
+        """The same of all rows, [out, G, g], differentiable in a and b."""
+        return torch.cat([self.rows(rows) for rows in tiles(*self.base.shape)])
+
+    def round(self, groups: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """W_hat [rows, G, g] of what `rows` gave, in `dtype`, rounded once."""
+        if self.in_steps:
+            return (grid.scale * self.levels(groups, grid)).to(dtype)
+        if grid.offset is None:
+            return fake_quantize(groups, None, grid.scale, grid.zero, self.bits, dtype)
+        shifted = fake_quantize(groups - grid.offset, None, grid.scale, grid.zero, self.bits, torch.float32)
+        return (shifted + grid.offset).to(dtype)
+
+    def levels(self, groups: Tensor, grid: Grid) -> Tensor:
+        """Q - z of what is in steps: its codes lie around the middle, whatever z they are decoded with."""
+        middle = self._unit_grid(grid)
+        return fake_quantize(groups, None, *middle, self.bits, torch.float32) + (middle[1] - grid.zero)
+
+    def _unit_grid(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(grid.scale), torch.full_like(grid.scale, midpoint(self.bits))
+
+    def gradients(self, grad: Tensor, groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(d latent, ds, dz, do) of G [rows, G, g], fp32."""
+        if self.in_steps:
+            grad, unit = grad.float(), self._unit_grid(grid)
+            latent = fake_quantize_backward(grad * grid.scale, groups, None, *unit, self.bits, True)[0]
+            grad_scale = (grad * self.levels(groups, grid)).sum(-1, keepdim=True)
+            return latent, grad_scale, -(grid.scale * grad).sum(-1, keepdim=True), None
+        shifted = groups if grid.offset is None else groups - grid.offset
+        latent, _, grad_scale, zero = fake_quantize_backward(
+            grad.contiguous(), shifted, None, grid.scale, grid.zero, self.bits, True
+        )
+        offset = None if grid.offset is None else (grad.float() - latent).sum(-1, keepdim=True)
+        return latent, grad_scale, zero, offset
+
+
+class LowRankProduct(torch.autograd.Function):
+    """y = x W_hat^T + bias; see the top of the file."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor,
+        unit: Tensor | None,
+        how: dict[str, Any],
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b, scale, zero, offset, base, unit)
+        ctx.how = how
+        latent, dense = Latent(base=base, unit=unit, a=a, b=b, **how), torch.empty_like(base, dtype=x.dtype)
+        for rows in tiles(*base.shape):
+            grid = _rows(Grid(scale, zero, offset), rows)
+            dense[rows] = from_groups(latent.round(latent.rows(rows), grid, x.dtype), base.shape[1])
+        return functional.linear(x, dense, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        x, a, b, scale, zero, offset, base, unit = ctx.saved_tensors
+        grid, latent = Grid(scale, zero, offset), Latent(base=base, unit=unit, a=a, b=b, **ctx.how)
+        flat, inputs = grad.reshape(-1, base.shape[0]), x.reshape(-1, base.shape[1])
+        grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
+        grads = [None if part is None else torch.empty_like(part) for part in grid]
+        dense = torch.empty_like(base, dtype=x.dtype) if ctx.needs_input_grad[0] else None
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in tiles(*base.shape):
+                groups, part = latent.rows(rows), _rows(grid, rows)
+                if dense is not None:
+                    dense[rows] = from_groups(latent.round(groups, part, x.dtype), base.shape[1])
+                found, *of_grid = latent.gradients(
+                    to_groups(flat[:, rows].T @ inputs, latent.group_size), groups, part
+                )
+                for whole, value in zip(grads, of_grid, strict=True):
+                    if whole is not None and value is not None:
+                        whole[rows] = value
+                moved = from_groups(found, base.shape[1])
+                grad_b[rows] = latent.alpha * (moved @ a.float().T)
+                grad_a += latent.alpha * (b[rows].float().T @ moved)
+            grad_x = None if dense is None else (flat.to(x.dtype) @ dense).reshape(x.shape)
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[6] else None
+        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), *grads, grad_bias, None, None, None
+
+
+def _rows(grid: Grid, rows: slice) -> Grid:
+    return Grid(*(None if part is None else part[rows] for part in grid))  # type: ignore[arg-type]
+
+
+class LowRank(nn.Module):
+    """The weight slot W' = W0 + alpha B A, W0 frozen: it is the layer's own weight, not a copy.
+
+    A starts as in LoRA, uniform in +-1 / sqrt(in), from torch's generator; B at zero, so that nothing is changed. Both
+    are held in fp32. A relative rate moves A by a share of its own size, and B so that W' moves by a share of a step of
+    the grid, in the root mean square.
+
+    Args:
+        weight: W0 [out, in].
+        scheme: bits and group size.
+        rank: of the product, at most the smaller side of the weight.
+        alpha: what it is multiplied by.
+        int8: hold W0 in 8 bits, each group by its own largest value; `forward` then leaves the weight it is given.
+    """
+
+    in_steps = False
+
+    def __init__(self, weight: Tensor, scheme: Scheme, rank: int = 16, alpha: float = 1.0, int8: bool = False) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.alpha, self.bits, self.group_size = alpha, scheme.bits, scheme.group_in(in_features)
+        limit = 1 / math.sqrt(in_features)
+        start = torch.empty(rank, in_features, dtype=torch.float32, device=weight.device)
+        self.a = nn.Parameter(start.uniform_(-limit, limit))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=weight.device))
+        self.base: Tensor | None
+        self.unit: Tensor | None
+        self.register_buffer("base", None)
+        self.register_buffer("unit", None)
+        self.units: dict[str, float] = {}
+        if int8:
+            self._hold(weight)
+
+    def start(self, weight: Tensor, grid: Grid) -> None:
+        """Take the units of rates from the grid that the weight [out, in] starts on."""
+        size = 1 / math.sqrt(3 * weight.shape[1])  # of an element of A
+        step = 1.0 if self.in_steps else grid.scale.abs().mean().item()
+        self.units = {"a": size, "b": step / (size * math.sqrt(len(self.a)) * self.alpha)}
+
+    @torch.no_grad()
+    def _hold(self, weight: Tensor) -> None:
+        """W0 as int8 in units of each group's largest value over 127."""
+        groups = to_groups(weight.detach().float(), self.group_size)
+        self.unit = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self.base = from_groups((groups / self.unit).round(), weight.shape[1]).to(torch.int8).contiguous()
+
+    def latent(self, weight: Tensor) -> Latent:
+        """What is rounded, of the layer's weight [out, in]."""
+        return Latent(
+            base=weight if self.base is None else self.base, unit=self.unit, a=self.a, b=self.b, alpha=self.alpha,
+            in_steps=self.in_steps, bits=self.bits, group_size=self.group_size,
+        )  # fmt: skip
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W' [out, in] in fp32 (of LR-QAT, Z)."""
+        return from_groups(self.latent(weight).whole(), weight.shape[1] if self.base is None else self.base.shape[1])
+
+    @torch.no_grad()
+    def held(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W0 [out, in] in `dtype`: the layer's own weight, or what the 8 bits say."""
+        assert not self.in_steps, "in steps of a grid, what lay beyond its ends is lost"
+        if self.base is None:
+            return weight
+        return self.latent(weight).frozen(slice(None)).to(dtype)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
+        """x W_hat^T + bias, [..., out] of [..., in], in the dtype of x; under autocast as of nn.Linear."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        latent = self.latent(weight)
+        how = {name: getattr(latent, name) for name in ("alpha", "in_steps", "bits", "group_size")}
+        bias = None if bias is None else bias.to(x.dtype)
+        args = x, self.a, self.b, *grid, bias, latent.base, latent.unit, how
+        return LowRankProduct.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class LowRankSteps(LowRank):
+    """The weight slot of LR-QAT: phi = W0 / s0 clamped to the levels and held in 8 bits, with factors in grid steps.
+
+    s0 is the grid that the slot is started on by `start`; what is clamped there is lost.
+
+    Args:
+        weight, scheme, rank, alpha: as of `LowRank`.
+    """
+
+    in_steps = True
+
+    def __init__(self, weight: Tensor, scheme: Scheme, rank: int = 16, alpha: float = 1.0) -> None:
+        super().__init__(weight, scheme, rank, alpha)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, grid: Grid) -> None:
+        """Take over W0 [out, in] in steps of a grid, signed fixed point with 8 - bits fraction bits."""
+        super().start(weight, grid)
+        fraction = 2 ** (8 - self.bits)
+        steps = to_groups(weight.detach().float(), self.group_size) / grid.scale
+        low, high = -grid.zero, 2**self.bits - 1 - grid.zero
+        # an asymmetric grid reaches up to 2^bits - 1 on one side: around its middle all of it fits 8 bits
+        middle = grid.zero - midpoint(self.bits)
+        fixed = ((steps.clamp(low, high) + middle) * fraction).round().clamp(-128, 127)
+        self.base = from_groups(fixed, weight.shape[1]).to(torch.int8).contiguous()
+        self.unit = torch.full((1, 1, 1), 1 / fraction, device=weight.device)
