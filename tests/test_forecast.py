@@ -19,6 +19,7 @@ from planish.formats import FORMATS
 from planish.needs import Case, disk_of, needs_of
 from planish.plan import MARGIN, Room, duration
 from planish.probe import Pace
+from planish.quant import activation
 from planish.request import Resolved, resolve
 from planish.shadow import EAGER, META, Held, Ledger, held_by
 
@@ -96,20 +97,25 @@ def test_ledger_counts_what_lives() -> None:
 
 @pytest.mark.parametrize("rounding", [True, False])
 def test_temporaries_of_the_eager_definitions(rounding: bool) -> None:
-    """EAGER says what the fake quantizer's own definitions hold besides what goes in and comes out."""
+    """EAGER says what definitions hold besides what goes in and comes out."""
     weight, grad = (torch.empty(256, 4, 64, device=META) for _ in "ab")
     offset = torch.empty_like(weight) if rounding else None
     scale, zero = (torch.empty(256, 4, 1, device=META) for _ in "ab")
-    forward, backward = (getattr(qtensor, name.split("::")[1])._init_fn for name in EAGER)
-    for definition, arguments, counted in (
-        (forward, (weight, offset, scale, zero, 4, torch.float32), EAGER["planish::fake_quantize"]),
-        (backward, (grad, weight, offset, scale, zero, 4, not rounding), EAGER["planish::fake_quantize_backward"]),
-    ):
+    rows, grads = (part.flatten(0, 1) for part in (weight, grad))
+    given = {
+        "fake_quantize": (weight, offset, scale, zero, 4, torch.float32),
+        "fake_quantize_backward": (grad, weight, offset, scale, zero, 4, not rounding),
+        "round_tokens": (rows, 4, rounding),
+        "round_tokens_backward": (grads, rows, 4, rounding),
+    }
+    assert {f"planish::{name}" for name in given} == EAGER.keys()
+    for name, arguments in given.items():
+        definition = getattr(qtensor if name.startswith("fake") else activation, name)._init_fn
         with Ledger(eager=False) as ledger:
             made = definition(*arguments)
         made = made if isinstance(made, tuple) else (made,)
-        taken = ledger.peak - sum(part.nbytes for part in made)
-        assert taken / weight.nbytes == pytest.approx(counted, abs=0.3)
+        taken = (ledger.peak - sum(part.nbytes for part in made)) / weight.nbytes
+        assert taken == pytest.approx(EAGER[f"planish::{name}"], abs=0.5), name
 
 
 def held(resolved: Resolved, micro_batch: int = 8, **more: Any) -> Held:

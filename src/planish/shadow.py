@@ -39,7 +39,7 @@ EAGER = {
     "planish::fake_quantize": 2,
     "planish::fake_quantize_backward": 5,
     "planish::round_tokens": 3,
-    "planish::round_tokens_backward": 6,
+    "planish::round_tokens_backward": 7,
 }
 PIECE = 1 << 25  # bytes from which glibc takes memory from the system, and gives it back at once
 FEW = 2  # tokens that edges are found by
