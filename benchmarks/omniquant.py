@@ -201,7 +201,7 @@ def blocks(part: str, args: argparse.Namespace, device: str, keep: Callable[[dic
     for setting in args.settings or (["tiny:clip", "tiny:let"] if args.tiny else SETTINGS["blocks"]):
         shape, kind = setting.split(":")
         model, short = block_ap.one_block(shape, device), steps // 4
-        warm = ours(setting, model, 8, short, batch, tokens, device)  # compiles
+        warm = ours(setting, model, count, short, batch, tokens, device)  # compiles; with fewer samples not all of it
         block_ap.peak(device, reset=True)
         little, much = (ours(setting, model, count, length, batch, tokens, device) for length in (short, steps))
         step = (much - little) / (steps - short)
