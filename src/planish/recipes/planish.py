@@ -21,7 +21,7 @@ from planish.recipes.signround import signround
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"samples": 256},
-    "fast": {"fit": "none", "end_to_end": False, "samples": 16},
+    "fast": {"fit": "none", "end_to_end": False, "samples": 16, "seqlen": 512},
     "light": {"fit": "rounding", "end_to_end": False},
     "best": {"epochs": 8.0, "e2e_epochs": 8.0, "samples": 512},
 }
