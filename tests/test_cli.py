@@ -71,7 +71,8 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
 
 
 def test_quantize_inexactly(planish, tiny_llama, tmp_path):
-    words = ("quantize", tiny_llama(), *"--recipe rtn --scheme w4g32asym --format gptq --device cpu".split())
+    how = ("--recipe", "rtn", "--scheme", "w4g32asym", "--format", "gptq", "--device", "cpu")
+    words = ("quantize", tiny_llama(), *how)
     refused = planish(*words, "--out", tmp_path / "q4")
     assert refused.status == 2 and "may have the zero point 0, which gptq lacks" in refused.err
     made = planish(*words, "--inexact", "--out", tmp_path / "q4")
