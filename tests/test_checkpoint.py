@@ -183,7 +183,7 @@ def test_any_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["save_file", "sync", "_write"])
+@pytest.mark.parametrize("step", ["write_shard", "sync", "_write"])
 def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -70,6 +70,17 @@ def test_from_a_model_to_an_answer(planish, tiny_llama, tmp_path, text):
     assert said.status == 0 and said.out
 
 
+def test_quantize_inexactly(planish, tiny_llama, tmp_path):
+    how = ("--recipe", "rtn", "--scheme", "w4g32asym", "--format", "gptq", "--device", "cpu")
+    words = ("quantize", tiny_llama(), *how)
+    refused = planish(*words, "--out", tmp_path / "q4")
+    assert refused.status == 2 and "may have the zero point 0, which gptq lacks" in refused.err
+    made = planish(*words, "--inexact", "--out", tmp_path / "q4")
+    assert made.status == 0, made.err
+    assert "gptq can't take 14 linears so: rounded once more in the end" in made.out
+    assert "14 layers were rounded once more: " in made.out and "14 of 14" in planish("info", tmp_path / "q4").out
+
+
 def test_bench(planish, tiny_llama, tmp_path):
     figures = tmp_path / "bench.json"
     words = ("--batch", "1,2", "--prompt", "4", "--new", "3", "--device", "cpu", "--json", figures)

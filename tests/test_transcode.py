@@ -199,3 +199,110 @@ def test_what_is_held_is_not_rounded(quantized: Callable[..., Path], tmp_path: P
     folder = quantized("w4g32", format="native")
     out = planish.export(folder, tmp_path / "out", format="gptq", inexact=said.append)
     assert not said and content(out)[0] == content(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "how", "expected"),
+    [
+        ("w4g32asym", {"format": "gptq"}, "w4g32"),
+        ("w2g32asym", {"target": "vllm"}, "w2g32"),
+        ("w4g32asym", {"target": "sglang"}, "w4g32"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_quantize_inexactly_is_quantize_and_export(
+    quantized: Callable[..., Path], tmp_path: Path, scheme: str, how: dict, expected: str, resume: bool
+) -> None:
+    native, said, told = quantized(scheme, format="native"), list[str](), list[str]()
+    model, out = tmp_path / "tiny", tmp_path / "out"
+    with pytest.raises(PlanishError):
+        planish.quantize_to(model, out, "rtn", scheme, device="cpu", **how)
+    exported = planish.export(native, tmp_path / "exported", inexact=said.append, **how)
+    notes = list[str]()
+    made = planish.quantize_to(
+        model, out, "rtn", scheme, device="cpu", inexact=told.append, resume=resume, **how,
+        announce=lambda resolved: notes.extend(resolved.summary()),
+    )  # fmt: skip
+    assert told == said and len(told) == 15
+    assert any(f"can't take 14 linears so: rounded once more in the end, {next(iter(made.layers))} to {expected}" in
+               note for note in notes)  # fmt: skip
+    names = sorted(file.name for file in out.iterdir())
+    assert names == sorted(file.name for file in exported.iterdir())
+    for name in set(names) - {"run.json"}:
+        assert (out / name).read_bytes() == (exported / name).read_bytes(), name
+    manifests = [json.loads((folder / "run.json").read_text()) for folder in (out, exported)]
+    errors = [manifest["figures"]["rounded_again"] for manifest in manifests]
+    assert errors[0] == errors[1] and len(errors[0]) == 14 and set(made.layers.values()) == {expected}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["exported", "out", "q", "tiny"]
+
+
+def test_quantize_inexactly_to_a_gguf_beside(tiny_llama: Tiny, tmp_path: Path) -> None:
+    gguf, said = pytest.importorskip("gguf"), list[str]()
+    out = tmp_path / "out"
+    planish.quantize_to(tiny_llama(), out, "rtn", "w3g16", device="cpu", target="llama.cpp", inexact=said.append)
+    assert {str(scheme) for name, scheme in planish.info(out).schemes.items() if "layers" in name} == {"w3g16"}
+    found = gguf.GGUFReader(out / "model.gguf").fields
+    layers, errors = (found[f"planish.rounded_again.{what}"].contents() for what in ("layers", "errors"))
+    assert len(layers) == len(errors) == 14 and all(0 < error < 0.02 for error in errors)
+    assert f"{layers[0]}: rounded once more, to w4g32; relative squared error {errors[0]:.3g}" == said[0]
+    assert found["general.name"].contents() == "out"
+
+
+def test_a_whole_model_stage_may_be_rounded_once_more(tiny_llama: Tiny, tmp_path: Path) -> None:
+    said = list[str]()
+    how = {"samples": 8, "seqlen": 16, "device": "cpu", "epochs": 1, "batch_size": 4, "e2e_epochs": 1}
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    made = planish.quantize_to(
+        tiny_llama(), tmp_path / "out", "efficientqat", "w4g32asym", data=ids, format="gptq", inexact=said.append, **how
+    )
+    assert made.format == "gptq" and set(made.layers.values()) == {"w4g32"} and len(said) == 15
+    assert planish.load(tmp_path / "out", device="cpu")(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "how", "message"),
+    [
+        ("w4g32asym", {"format": "gptq", "embeddings": 8}, "gptq holds embeddings in 16 bits only"),
+        ("w4g32", {"format": "gptq", "layers": ["down_proj=w8g32"]}, "gptq can't hold w8g32 beside w4g32"),
+        ("w4a4", {"format": "gptq"}, "gptq can't say that activations are rounded"),
+        ("w2.5g24asym", {"format": "gptq"}, "gptq can't hold groups of 24"),
+    ],
+)
+def test_what_rounding_layers_cant_mend_is_refused_before_any_work(
+    tiny_llama: Tiny, tmp_path: Path, scheme: str, how: dict, message: str
+) -> None:
+    how |= {"device": "cpu", "inexact": pytest.fail, "announce": pytest.fail}
+    with pytest.raises(PlanishError) as refused:
+        planish.quantize_to(tiny_llama(), tmp_path / "out", "rtn", scheme, **how)
+    assert message in str(refused.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_export_to_a_target_may_round_once_more(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    folder, said = quantized("w4g32asym", format="native"), list[str]()
+    with pytest.raises(PlanishError, match="sglang can't load w4g32asym"):
+        planish.export(folder, tmp_path / "out", target="sglang")
+    out = planish.export(folder, tmp_path / "out", target="sglang", inexact=said.append)
+    assert set(map(str, planish.info(out).schemes.values())) == {"w4g32"} and len(said) == 15
+
+
+def test_an_export_that_fails_in_the_end_costs_no_block(tiny_llama: Tiny, tmp_path: Path) -> None:
+    model, spans = tiny_llama(), list[object]()
+    how = {"format": "gptq", "device": "cpu", "resume": True}
+
+    def fail(line: str) -> None:
+        raise KeyboardInterrupt(line)
+
+    with pytest.raises(KeyboardInterrupt):
+        planish.quantize_to(model, tmp_path / "out", "rtn", "w4g32asym", inexact=fail, **how)
+    other = {**how, "format": "auto", "target": "sglang"}
+    with pytest.raises(PlanishError, match="another request: then was gptq can't .*, is sglang can't"):
+        planish.quantize_to(model, tmp_path / "out", "rtn", "w4g32asym", inexact=fail, **other)
+    planish.quantize_to(
+        model, tmp_path / "out", "rtn", "w4g32asym", inexact=lambda line: None, progress=spans.append, **how
+    )
+    planish.quantize_to(model, tmp_path / "whole", "rtn", "w4g32asym", inexact=lambda line: None, **how)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "tiny", "whole"]
+    assert not [event for event in spans if event.name.startswith("model.layers")]  # all were finished

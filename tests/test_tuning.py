@@ -391,7 +391,7 @@ def test_a_trackers_log_is_kept(q2: Path, tmp_path: Path, text: str) -> None:
 # ---- full disks
 
 
-@pytest.mark.parametrize("step", ["save_file", "sync", "_write"])
+@pytest.mark.parametrize("step", ["write_shard", "sync", "_write"])
 def test_a_disk_full_at_the_end_leaves_nothing(
     q2: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -50,6 +50,7 @@ from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source, open_source
 from planish.tables import quantize_table, quantize_tables, table_shapes
 from planish.targets import verdicts
+from planish.transcode import resolve_for_export
 from planish.tune import quantize_in_memory
 from planish.widths import settle_bits
 
@@ -119,6 +120,7 @@ def quantize_to(
     progress: Progress | None = None,
     tokenizer: Any = None,
     announce: Callable[[Resolved], None] | None = None,
+    inexact: Callable[[str], None] | None = None,
     **request: Any,
 ) -> RunManifest:
     """Quantize into a folder, block by block; the model is never in memory as a whole.
@@ -131,6 +133,7 @@ def quantize_to(
         resume: keep finished blocks and the activations behind them, in files, so that after a kill the same call
             goes on from there and writes the same bytes; and go on if such a call was killed.
         announce: called with what the request resolved to, before any work.
+        inexact: as of `planish.export`: linears that the format or target can't hold are rounded once more in the end.
         others: as of `quantize`.
 
     Returns:
@@ -139,7 +142,7 @@ def quantize_to(
     journal = Journal(out, stream_dir) if resume else None
     finished = journal is not None and journal.published
     writer = CheckpointWriter(out, overwrite=overwrite or finished, inside=journal.folder if journal else None)
-    resolved = resolve(model, recipe, scheme, **with_batch(recipe, batch_size, request))
+    resolved = resolve_for_export(model, recipe, scheme, inexact, **with_batch(recipe, batch_size, request))
     where = stream_folder(stream_dir) or writer.out.parent
     if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
         raise PlanishError(f"{out} is the model itself; write to another folder")
@@ -153,7 +156,7 @@ def quantize_to(
         if (left := Journal(out).folder).is_dir():
             run.notes.append(f"{left} holds an unfinished run: go on with --resume, or delete it")
         return write(resolved, run, writer, announce)
-    wanted = run.identity(manifest_of(resolved, run, {}), recipe)
+    wanted = {**run.identity(manifest_of(resolved, run, {}), recipe), "then": resolved.then and resolved.then.note}
     with journal:
         journal.begin(wanted)
         if finished and (done := RunManifest.read(writer.out)):
@@ -172,23 +175,28 @@ def _write_tuned(
     manifest = manifest_of(resolved, run, figures)
     extra = papers(manifest)
 
-    def finish(folder: Path) -> None:
-        if resolved.gguf:
-            _add_gguf(folder)
-        if run.journal:
-            run.journal.publish()
-
     write_model(
-        model, writer, resolved.format, source=resolved.source, tokenizer=run.tokenizer, extra=extra, finish=finish
+        model,
+        writer,
+        resolved.format,
+        source=resolved.source,
+        tokenizer=run.tokenizer,
+        extra=extra,
+        finish=lambda folder: _finish(folder, resolved, run, writer),
     )
-    return manifest
+    return RunManifest.read(writer.out) or manifest
 
 
-def _add_gguf(folder: Path) -> None:
-    """Write the same model beside the native one, as a file of its own."""
-    written = QuantizedFolder.open(folder)
-    assert written is not None
-    write_gguf(written, folder / "model.gguf")
+def _finish(folder: Path, resolved: Resolved, run: Run, writer: CheckpointWriter) -> None:
+    """What is left to do once the folder was read back, before it gets its name."""
+    if resolved.then is not None:
+        resolved.then.work(folder, writer.out.name)
+    elif resolved.gguf:  # the same model beside the native one, as a file of its own
+        written = QuantizedFolder.open(folder)
+        assert written is not None
+        write_gguf(written, folder / "model.gguf", name=writer.out.name)
+    if run.journal:
+        run.journal.publish()
 
 
 def _write(
@@ -218,10 +226,7 @@ def _write(
 
     def verify(folder: Path) -> None:
         verify_folder(folder, digests)
-        if resolved.gguf:
-            _add_gguf(folder)
-        if journal:
-            journal.publish()
+        _finish(folder, resolved, run, writer)
 
     with writer:
         figures = run.execute(sink, keep)
@@ -239,7 +244,7 @@ def _write(
         config = config_of(source.config, skeleton, source.dtype, words_of(resolved.format, every, skeleton))
         files = side_files(source.folder, skeleton, run.tokenizer)
         writer.finish(config, files | papers(manifest), verify=verify)
-    return manifest
+    return RunManifest.read(writer.out) or manifest
 
 
 def load(

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from planish.errors import PlanishError
+from planish.shards import write as write_shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -129,8 +128,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         shard = self._partial / f"shard-{len(self._shards)}"
         with self._reporting():
-            save_file(self._pending, shard, metadata={"format": "pt"})
-            shard.chmod(0o644)  # safetensors makes files that only their owner can read
+            write_shard(shard, self._pending)
             sync(shard)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
@@ -158,9 +156,8 @@ class CheckpointWriter:
     def _reporting(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            message = f"can't write {self.out}: {reason}; make room, or write elsewhere"
+        except OSError as error:
+            message = f"can't write {self.out}: {error.strerror or error}; make room, or write elsewhere"
             raise PlanishError(message) from error
 
 

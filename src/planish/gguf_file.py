@@ -69,7 +69,14 @@ class Piece(NamedTuple):
 
 
 def write_gguf(
-    folder: QuantizedFolder, out: Path, *, embeddings: str = "q8_0", types: str = "smallest", overwrite: bool = False
+    folder: QuantizedFolder,
+    out: Path,
+    *,
+    embeddings: str = "q8_0",
+    types: str = "smallest",
+    overwrite: bool = False,
+    name: str | None = None,
+    errors: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a quantized folder as a .gguf file.
 
@@ -78,6 +85,9 @@ def write_gguf(
         embeddings: q8_0, q4_0, f16 or bf16, of the token embedding and of an output layer that isn't quantized.
         types: "smallest", or "compatible" for a llama.cpp from before mid-2026, which has no Q2_0.
         overwrite: replace a file that is there, once the new one is whole.
+        name: of the model, in the file's metadata; the folder's if not given.
+        errors: relative squared error of each layer that was rounded once more to be held; kept in the metadata as
+            two arrays, planish.rounded_again.layers and .errors (float32).
 
     Raises:
         UnsupportedScheme: if GGUF can't hold a layer.
@@ -95,7 +105,11 @@ def write_gguf(
     kinds = types_of(folder, types)
     pieces = _pieces(gguf, folder, family, kinds, embeddings)
     with _whole_file(out) as partial, closing(gguf.GGUFWriter(partial, family.arch)) as writer:
+        writer.add_name(name or Path(folder.source.label).resolve().name)
         _describe(gguf, writer, folder, family, kinds)
+        if errors:
+            writer.add_array("planish.rounded_again.layers", list(errors))
+            writer.add_array("planish.rounded_again.errors", list(errors.values()))
         add_tokenizer(gguf, writer, folder.source.folder, folder.source.config.vocab_size)
         for piece in pieces:  # a shape of weights, not of bytes; some ids are newer than the package
             raw = KINDS[piece.kind].id
@@ -316,7 +330,6 @@ def _describe(gguf: Any, writer: Any, folder: QuantizedFolder, family: Family, k
     for layer, kind in kinds.items():
         weights[kind] += folder.shapes[layer][0] * folder.shapes[layer][1]
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(folder.source.label).resolve().name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(KINDS[weights.most_common(1)[0][0] if weights else "BF16"].file_type)
     writer.add_block_count(config.num_hidden_layers)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +41,13 @@ SAMPLES, SEQLEN = 128, 2048
 ModelLike = str | os.PathLike[str] | PreTrainedModel
 
 
+class Afterwards(NamedTuple):
+    """What is done to the finished folder before it gets its name: a line for a user, and work(folder, that name)."""
+
+    note: str
+    work: Callable[[Path, str], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
     """A request, checked: what will be done to which linears.
@@ -52,6 +59,7 @@ class Resolved:
         parameters: of the whole model, tied ones once.
         gguf: a GGUF file shall be written beside the checkpoint.
         widths: linears whose bits are yet to be measured, see `planish.widths`; `schemes` has a stand-in of the size.
+        then: where the format asked for can't hold these schemes: how it gets them.
     """
 
     source: Source
@@ -69,6 +77,7 @@ class Resolved:
     around: dict[str, tuple[int, int]]
     gguf: bool = False
     widths: Widths | None = None
+    then: Afterwards | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -86,6 +95,8 @@ class Resolved:
         ]
         if self.widths is not None:
             lines.append(self.widths.summary(self.schemes))
+        if self.then is not None:
+            lines.append(self.then.note)
         if isinstance(self.source, RotatedSource):
             lines.append(self.source.note)
         if padded:

@@ -1,20 +1,33 @@
-"""Shards: where each tensor of a checkpoint lies, from the headers of its safetensors files alone.
+"""Shards: where each tensor of a checkpoint lies, from the headers of its safetensors files alone; and one, written.
 
 What an index and the headers promise is checked against each other and bounded (see `guard`). Knows nothing of models.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from planish.errors import PlanishError, first_line
 from planish.guard import MAX_TENSORS, Stored, check_header, read_index
 
 # dtypes of parameters, as safetensors spells them
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# every dtype that a file may hold, in the order in which safetensors puts tensors
+DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
+    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
+    torch.int16: "I16", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# bytes at a time: for more, Linux looks for huge pages for its cache, which may take several times as long as writing
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +95,27 @@ def opened(file: Path) -> safe_open:
 def stored_dtype(places: dict[str, Place]) -> torch.dtype:
     """The first floating-point dtype on disk, as transformers does where config.json names none."""
     return next((FLOATS[place.dtype] for place in places.values() if place.dtype in FLOATS), torch.float32)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors on the CPU as one file: the bytes of safetensors' `save_file`, in small pieces.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    places = {dtype: place for place, dtype in enumerate(DTYPES)}
+    names = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
+    said: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        said[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            data = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), PIECE):
+                out.write(data[start : start + PIECE])

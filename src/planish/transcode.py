@@ -8,10 +8,12 @@ that is asked for, what the new format can't hold is rounded once more, and how 
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ from planish.errors import PlanishError, UnsupportedScheme, nearest
 from planish.eval import record
 from planish.folder import QuantizedFolder, config_of, side_files, verify_folder, words_of
 from planish.formats import FORMATS, verify
-from planish.formats.gguf import candidates
+from planish.gguf_file import check as check_gguf
+from planish.gguf_file import write_gguf
+from planish.inexact import Rounding, mended
 from planish.log import RunManifest
 from planish.naming import disk_speller
-from planish.quant import Quantizer
+from planish.request import Afterwards, ModelLike, Resolved, resolve
 from planish.scheme import Scheme, bits_per_weight
 from planish.source import Source
 from planish.tables import BITS, quantize_table, table_schemes
@@ -65,81 +69,112 @@ def export(
     folder = QuantizedFolder.open(path)
     if folder is None:
         raise PlanishError(f"{path} isn't quantized; use planish quantize")
-    every = {name: folder.schemes.get(name) for name in folder.shapes}
-    if target is not None:
-        format = choose_for(target, every, folder.shapes, format=format or "auto", tp=tp)
-    if format not in (*FORMATS, GGUF):
+    if target is None and format not in (*FORMATS, GGUF):
         known = nearest(format, [*FORMATS, GGUF]) if format else f"give --format, one of {', '.join([*FORMATS, GGUF])}"
         raise PlanishError(f"no format {format!r}: {known}")
-    again = {} if inexact is None else _again(folder, format)
+    every = {name: folder.schemes.get(name) for name in folder.shapes}
+    again: dict[str, Scheme] = {}
+    if inexact is not None:
+        linears = {name: scheme for name, scheme in every.items() if name not in folder.tables}
+        format, again = mended(linears, folder.shapes, format=format or "auto", target=target, tp=tp)
+    elif target is not None:
+        format = choose_for(target, every, folder.shapes, format=format or "auto", tp=tp)
+    assert format is not None
+    rounding = Rounding(schemes=again, tell=inexact)
     if format == GGUF:
-        from planish.gguf_file import write_gguf
-
-        if again:
-            assert inexact is not None
-            with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as scratch:
-                held = _convert(folder, Path(scratch) / "held", "native", None, False, again, inexact)
-                return export(held, out, format=GGUF, embeddings=embeddings, overwrite=overwrite)
-
-        if embeddings not in (None, *BITS):
-            raise PlanishError(f"embeddings of {embeddings} bits; use one of {', '.join(map(str, BITS))}")
-        packed = folder.schemes.get(folder.embedding)
-        if packed is not None and embeddings not in (None, packed.bits):
-            raise PlanishError(f"{folder.embedding} has {packed.bits} bits already; export without --embeddings")
-        wide = "f16" if folder.source.dtype == torch.float16 else "bf16"
-        kind = {4: "q4_0", 16: wide}.get(embeddings or 8, "q8_0")
-        return write_gguf(folder, Path(out), embeddings=kind, overwrite=overwrite)
-    return _convert(folder, out, format, embeddings, overwrite, again, inexact)
+        name = Path(folder.source.label).resolve().name
+        return _gguf(folder, Path(out), name, rounding, embeddings, overwrite)
+    return _convert(folder, out, format, embeddings, overwrite, rounding)
 
 
-def _again(folder: QuantizedFolder, format: str) -> dict[str, Scheme]:
-    """What the layers that a format can't hold are to be rounded to: as many bits or more, a group of 32 at least."""
-    found = {}
-    for layer, scheme in folder.schemes.items():
-        shape = folder.shapes[layer]
-        if layer in folder.tables or _holds(format, layer, scheme, shape):
-            continue
-        # in a GGUF 2 and 3 bits that no type of theirs holds take as much room as 4
-        least = max(scheme.bits, 4) if format == GGUF else scheme.bits
-        choices = (
-            Scheme(bits=bits, group_size=group, symmetric=symmetric)
-            for bits in (2, 3, 4, 8)
-            for group in (scheme.group_size, 128, 64, 32)
-            for symmetric in (scheme.symmetric, not scheme.symmetric)
-            if bits >= least and group is not None and group <= min(scheme.group_in(shape[1]), shape[1]) | 32
-        )
-        if mend := next((choice for choice in choices if _holds(format, layer, choice, shape)), None):
-            found[layer] = mend
-    return found
+def _gguf(
+    folder: QuantizedFolder,
+    out: Path,
+    name: str,
+    rounding: Rounding,
+    embeddings: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """The folder as a GGUF file; what GGUF can't hold is rounded in a folder of its own first."""
+    if embeddings not in (None, *BITS):
+        raise PlanishError(f"embeddings of {embeddings} bits; use one of {', '.join(map(str, BITS))}")
+    packed = folder.schemes.get(folder.embedding)
+    if packed is not None and embeddings not in (None, packed.bits):
+        raise PlanishError(f"{folder.embedding} has {packed.bits} bits already; export without --embeddings")
+    wide = "f16" if folder.source.dtype == torch.float16 else "bf16"
+    how: dict[str, Any] = {
+        "embeddings": {4: "q4_0", 16: wide}.get(embeddings or 8, "q8_0"), "overwrite": overwrite, "name": name
+    }  # fmt: skip
+    if not rounding.schemes:
+        return write_gguf(folder, out, **how)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as scratch:
+        held = _opened(_convert(folder, Path(scratch) / "held", "native", None, False, rounding))
+        return write_gguf(held, out, errors=rounding.errors, **how)
 
 
-def _holds(format: str, layer: str, scheme: Scheme, shape: tuple[int, int]) -> bool:
+def _opened(path: Path) -> QuantizedFolder:
+    folder = QuantizedFolder.open(path)
+    assert folder is not None
+    return folder
+
+
+def resolve_for_export(
+    model: ModelLike, recipe: str, scheme: str, inexact: Callable[[str], None] | None, **request: Any
+) -> Resolved:
+    """A request resolved; one that its format or target refuses in native terms, and exported in the end, if that is
+    asked for and helps.
+
+    Args:
+        inexact: called in the end with what that loses, line by line.
+        others: as of `planish.request.resolve`.
+    """
     try:
-        if format == GGUF:
-            candidates(layer, scheme, shape)
-        else:
-            FORMATS[format].check(layer, scheme, shape)
-    except UnsupportedScheme:
-        return False
-    return True
+        return resolve(model, recipe, scheme, **request)
+    except UnsupportedScheme as refusal:
+        if inexact is None:
+            raise
+        return _natively(refusal, inexact, model, recipe, scheme, **request)
 
 
-def _rounded(stream: Stream, scheme: Scheme) -> tuple[Stream, float]:
-    """A weight rounded to nearest once more, and the squared error of that over the weight's square."""
-    weight = stream.qtensor().dequantize()
-    q = Quantizer(weight, scheme).quantize(weight)
-    lost = (q.dequantize().double() - weight).square().sum() / weight.double().square().sum().clamp(min=1e-30)
-    return Stream.of(q), float(lost)
+def _natively(
+    refusal: UnsupportedScheme,
+    tell: Callable[[str], None],
+    model: ModelLike,
+    recipe: str,
+    scheme: str,
+    *,
+    format: str = "auto",
+    target: str | None = None,
+    tp: int = 1,
+    embeddings: int | None = None,
+    **request: Any,
+) -> Resolved:
+    """In native terms; refused again where rounding doesn't help, or bits are yet to be measured."""
+    resolved = resolve(model, recipe, scheme, format="native", **request)
+    if resolved.widths is not None or (target is None and format == "auto"):
+        raise refusal
+    every = {name: resolved.schemes.get(name) for name in resolved.shapes}
+    name, again = mended(every, resolved.shapes, format=format, target=target, tp=tp)
+    if not again:
+        raise refusal
+    if name == GGUF:
+        check_gguf(resolved.source, resolved.schemes | again, resolved.shapes)
+    bits = (8 if name == GGUF else 16) if embeddings is None else embeddings
+    tables = table_schemes(bits, resolved.around, "native" if name == GGUF else name)
+    layer, mend = next(iter(again.items()))
+    note = f"{target or name} can't take {len(again)} linears so: rounded once more in the end, {layer} to {mend}"
 
+    def exported(folder: Path, out: str) -> None:
+        if name == GGUF:
+            _gguf(_opened(folder), folder / "model.gguf", out, Rounding(schemes=again, tell=tell))
+            return
+        new = folder.with_name(f"{folder.name}.again")
+        export(folder, new, format=name, target=target, tp=tp, inexact=tell, overwrite=True)
+        shutil.rmtree(folder)
+        new.rename(folder)
 
-def _told(errors: Mapping[str, float], again: Mapping[str, Scheme], tell: Callable[[str], None] | None) -> None:
-    """Say what rounding lost, layer by layer."""
-    if tell is None or not errors:
-        return
-    for layer, error in errors.items():
-        tell(f"{layer}: rounded once more, to {again[layer]}; relative squared error {error:.3g}")
-    mean = sum(errors.values()) / len(errors)
-    tell(f"{len(errors)} layers were rounded once more: {mean:.3g} in the mean, {max(errors.values()):.3g} at most")
+    return dataclasses.replace(resolved, tables=tables, then=Afterwards(note, exported))
 
 
 def _convert(
@@ -148,17 +183,16 @@ def _convert(
     name: str,
     embeddings: int | None,
     overwrite: bool,
-    again: Mapping[str, Scheme],
-    tell: Callable[[str], None] | None,
+    rounding: Rounding,
 ) -> Path:
     """The folder in another of our formats; read back before it gets its name."""
     format, source = FORMATS[name], folder.source
     widened, rounded = _tables(folder, name, embeddings)
-    schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded | dict(again)
+    again = dict(rounding.schemes)
+    schemes = {key: folder.schemes.get(key) for key in folder.shapes if key not in widened} | rounded | again
     verify(format, schemes, folder.shapes | folder.tables)
     skeleton, ordered = source.skeleton(), False
     digests: dict[str, str] = {}
-    errors: dict[str, float] = {}
     spell = disk_speller(skeleton)
 
     def written(key: str, stream: Stream) -> tuple[str | None, dict[str, Tensor], bool]:
@@ -166,7 +200,7 @@ def _convert(
         if key in widened:
             return None, {f"{key}.weight": stream.qtensor().dequantize(source.dtype)}, False
         if key in again:
-            stream, errors[key] = _rounded(stream, again[key])
+            stream = rounding.round(key, stream)
         # what was rounded just now can't be read again
         digest = stream.digest() if key in rounded or key in again else ""
         return digest, format.write(key, stream), stream.order is not None
@@ -184,9 +218,8 @@ def _convert(
             writer.add(spell(tensor_name), source.get(tensor_name))
         words = words_of(format, schemes, folder.source.skeleton(), ordered)
         config = config_of(source.config, skeleton, source.dtype, words)
-        errors = {key: errors[key] for key in folder.schemes if key in errors}
-        _told(errors, again, tell)
-        files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes, errors)
+        rounding.say()
+        files = side_files(source.folder, skeleton, None) | _papers(folder, name, schemes, rounding.errors)
         return writer.finish(config, files, verify=lambda made: verify_folder(made, digests, folder))
 
 

@@ -50,6 +50,7 @@ Bits = Annotated[str | None, optional("Short for a scheme: 2 is w2g64, 3 is w3g1
 Layers = Annotated[list[str] | None, optional("Scheme of some linears.", metavar="REGEX=SCHEME")]
 Ignore = Annotated[list[str] | None, optional("Linears to leave in 16 bits.", metavar="REGEX")]
 Embeddings = Annotated[int | None, optional("Bits of embedding and head: 16, 8 or 4 (native, gguf).")]
+Inexact = Annotated[bool, Option("--inexact", help="Round once more what the format can't hold; say what is lost.")]
 Calibration = Annotated[str, Option(help="Calibration text, or a mix: a.txt,b.jsonl:2,embedded,self.")]
 Watched = Annotated[str | None, optional("Text by which the state kept is chosen; of a mix the embedded one.")]
 Samples = Annotated[int | None, optional("Windows of the text; 128 unless the preset says.")]

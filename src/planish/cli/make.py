@@ -16,6 +16,7 @@ from planish.cli.app import (
     Folder,
     Format,
     Ignore,
+    Inexact,
     Layers,
     ModelName,
     Out,
@@ -63,6 +64,8 @@ Quantize MODEL: a Hugging Face folder, a hub id or a .gguf file.
   for a server, which decides on the format and what it can hold:
     planish quantize ./model --target vllm --tp 2 --out q4
     planish quantize ./model --bits 2 --target llama.cpp --embeddings 8 --out q2
+  what it can't hold rounded to nearest once more, and what that loses said:
+    planish quantize ./model --scheme w4g32asym --target sglang --inexact --out q4
   a method of your own, with its own keys:
     planish quantize ./model --recipe ./mine.py:mine steps=50 --out q4
 
@@ -122,6 +125,7 @@ def quantize(
     target: Target = None,
     tp: TensorParallel = 1,
     embeddings: Embeddings = None,
+    inexact: Inexact = False,
     device: Device = None,
     batch_size: BatchSize = None,
     seed: Annotated[int, Option(help="Of the choice of windows and of the fit.")] = 0,
@@ -131,8 +135,7 @@ def quantize(
     resume: Annotated[bool, Option("--resume", help="Keep what is finished; go on from it after a kill.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
 ) -> None:
-    if out is None:
-        raise PlanishError("where to? give a new folder with --out DIR")
+    out = _given(out)
     from planish import api
 
     api.quantize_to(
@@ -155,14 +158,12 @@ def quantize(
         batch_size=batch_size,
         seed=seed,
         revision=revision,
-        storage=storage,
-        stream_dir=stream_dir,
-        resume=resume,
-        overwrite=overwrite,
+        storage=storage, stream_dir=stream_dir, resume=resume, overwrite=overwrite,
+        inexact=say if inexact else None,
         announce=lambda resolved: say("\n".join(resolved.summary())),
         progress=show_event,
         **_keys(pairs or []),
-    )
+    )  # fmt: skip
     say(f"wrote {out} ({size(disk_bytes(out))}); next: planish eval {out} --seqlen 512")
 
 
@@ -193,8 +194,7 @@ def finetune(
     seed: Annotated[int, Option(help="Of windows and their order.")] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
 ) -> None:
-    if out is None:
-        raise PlanishError("where to? give a new folder with --out DIR")
+    out = _given(out)
     from planish import tuning
     from planish.recipes import describe
 
@@ -287,9 +287,7 @@ def export(
     target: Target = None,
     tp: TensorParallel = 1,
     embeddings: Annotated[int | None, optional("Bits of embedding and head, if they are in 16: 8 or 4.")] = None,
-    inexact: Annotated[
-        bool, Option("--inexact", help="Round once more what the format can't hold, and say what is lost.")
-    ] = False,
+    inexact: Inexact = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in --out.")] = False,
 ) -> None:
     """Write a quantized checkpoint in another format; every code, scale and zero stays.
@@ -309,6 +307,12 @@ def export(
         inexact=say if inexact else None,
     )  # fmt: skip
     say(f"wrote {written} ({size(disk_bytes(written))})")
+
+
+def _given(out: Path | None) -> Path:
+    if out is None:
+        raise PlanishError("where to? give a new folder with --out DIR")
+    return out
 
 
 def _scheme(scheme: str | None, bits: str | None, target: str | None = None) -> str:
