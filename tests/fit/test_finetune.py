@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
@@ -163,6 +164,14 @@ def test_a_loss_that_is_not_finite_rolls_back(tmp_path: Path, lean: bool, monkey
     # from step 8 on it is trained again, with moments of its own
     assert outcome.notes == ("loss not finite at step 8: rolled back, rate halved",)
     assert outcome.after == pytest.approx(held_out(model), rel=1e-5) and outcome.after < 0.999 * before
+
+
+def test_one_gpu_is_used_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # otherwise the Trainer would copy the objective to both
+    assert transformers.TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
+    arguments = finetune_module._arguments(STAGE, setting(tmp_path, device=torch.device("cuda")), 4, 2, 2)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 2
 
 
 def test_lean_steps_are_the_trainers(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Guard(TrainerCallback):
 
 
 def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumulation: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(setting.folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -138,6 +138,10 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
         dataloader_pin_memory=setting.device.type == "cuda",
         use_cpu=setting.device.type == "cpu",
     )
+    if arguments.n_gpu > 1:
+        # it would copy the objective to every GPU that is visible; batches are counted and hooks set for one
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
