@@ -147,9 +147,9 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
 def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
     """AdamW, one group a parameter, since each has a rate of its own."""
     peaks = list(peak_rates(parameters, stage))
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in peaks]
-    fused = all(parameter.is_cuda for parameter, _ in peaks)  # a launch a group, not a dozen
-    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=0.0, fused=fused)
+    groups = [{"params": [parameter], "lr": rate, "weight_decay": decay} for parameter, rate, decay in peaks]
+    fused = all(parameter.is_cuda for parameter, _, _ in peaks)  # a launch a group, not a dozen
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=fused)
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:
