@@ -319,6 +319,12 @@ def test_refusals(started: tuple[Path, Path], tmp_path: Path) -> None:
     refused(f"q2 is quantized already, and l4q keeps the float model; give that one, with start={q2}", q2)
     refused("in w2g32asym, not w4g32; give its own scheme, or drop scheme", scheme="w4g32", start=str(q2))
     refused("isn't quantized; give a folder that Planish wrote, or drop start", start=str(base))
+    masked = tmp_path / "masked.jsonl"
+    masked.write_text('{"messages": [{"role": "user", "content": "' + "How much is a rivet? " * 40 + '"}]}\n')
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    (base / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    with pytest.raises(PlanishError, match="masked.jsonl holds no answer to a question: this would be a loss over not"):
+        planish.finetune(base, tmp_path / "out", "l4q", "w4g32", **{**DATA, "data": masked}, keys=FEW)
     other = tmp_path / "other"
     LlamaForCausalLM(LlamaConfig(**{**CONFIG, "intermediate_size": 160})).save_pretrained(other)
     refused("is of another model: model.layers.0.mlp.down_proj has another shape", other, start=str(q2))
