@@ -66,6 +66,13 @@ def test_what_is_known_is_said() -> None:
     assert "| bits a weight | 2.88 " in text
 
 
+def test_a_calibration_of_its_own_is_said(tmp_path: Path) -> None:
+    (tmp_path / "web.txt").write_text("text")
+    text = model_card(manifest(calibration=str(tmp_path / "web.txt"), calibration_sha256="cd" * 32))
+    assert f"| blocks calibrated on | `web.txt`, sha256 `{'cd' * 32}` |" in text.splitlines()
+    assert "blocks calibrated on" not in model_card(manifest())
+
+
 def test_what_is_not_known_is_left_out() -> None:
     unknown = manifest(model="/home/someone/models/tiny", recipe="", keys={}, scheme="", data="", data_sha256="",
                        samples=0, seqlen=0, versions={}, figures={})  # fmt: skip

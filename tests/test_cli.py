@@ -232,11 +232,13 @@ def test_finetune_of_a_float_model(planish, tiny_llama, tmp_path, text):
     out = tmp_path / "q"
     # --epochs are those of the whole-model stage; the blocks' are a key
     made = finetuned(
-        planish, tiny_llama(), out, text, "--recipe", "efficientqat", "--scheme", "w2g32", "--epochs", "1", "epochs=2"
-    )
+        planish, tiny_llama(), out, text, "--recipe", "efficientqat", "--scheme", "w2g32", "--epochs", "1", "epochs=2",
+        "--calib", "embedded",
+    )  # fmt: skip
     assert made.status == 0, made.err
     assert "block_ap   2/2   loss " in made.out and "e2e_qp   1/1   loss " in made.out
-    assert json.loads((out / "run.json").read_text())["keys"] == {"e2e_epochs": 1.0, "epochs": "2"}
+    run = json.loads((out / "run.json").read_text())
+    assert run["keys"] == {"e2e_epochs": 1.0, "epochs": "2"} and run["calibration"] == "embedded"
 
 
 def test_refusals_of_finetune(planish, tiny_llama, tmp_path, text):

@@ -2,6 +2,7 @@
 start from."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import planish
 from planish import tune as tune_module
 from planish.arch import discover
 from planish.errors import PlanishError
+from planish.fit import finetune as finetune_module
+from planish.fit import lean_loop
 from planish.fit.objective import Objective
 from planish.folder import QuantizedFolder
 from planish.forecast import forecast
@@ -106,6 +109,28 @@ def test_rates_are_in_steps_of_the_grid() -> None:
     moved = layer.quantizer.weight(layer.weight).detach() - before
     # A is random
     assert moved.square().mean().sqrt().item() == pytest.approx(0.01 * step, rel=0.3)
+
+
+@pytest.mark.parametrize("way", ["trainer", "lean", "own loop"])
+def test_factors_alone_decay(way: str) -> None:
+    keys: dict[str, Any] = {"rank": 4, "rate": 0.5, "scale_rate": 0.5, "zero_rate": 0.5, "relative": False}
+    model, stage = planish.prepare(float_model(), "l4q", "w4g32asym", **keys), build("l4q", None, keys).whole
+    assert stage is not None and stage.weight_decay == 0.01, "the publication's"
+    stage, slots = dataclasses.replace(stage, weight_decay=0.2), free_slots(model, stage)
+    if way == "trainer":
+        optimizer = finetune_module._optimizer(slots, stage)
+    elif way == "lean":
+        optimizer = lean_loop._optimizer(Objective(model, discover(model, QLinear)), slots, stage, 0)
+    else:
+        optimizer = torch.optim.AdamW(planish.parameter_groups(model, "l4q", weight_decay=0.2, **keys))
+    before = {slot: [value.detach().clone() for value, _ in members] for slot, members in slots.items()}
+    for value, _ in (pair for members in slots.values() for pair in members):
+        value.grad = torch.zeros_like(value)  # so that decay is all that moves it
+    optimizer.step()
+    assert before.keys() == {"factors", "scale", "zero"} and any(value.any() for value in before["factors"])
+    for slot, members in slots.items():
+        for (value, _), was in zip(members, before[slot], strict=True):
+            torch.testing.assert_close(value.detach(), was * (0.9 if slot == "factors" else 1.0))
 
 
 @pytest.mark.parametrize("recipe", ["l4q", "lrqat"])
@@ -288,11 +313,18 @@ def test_refusals(started: tuple[Path, Path], tmp_path: Path) -> None:
 
     refused(r"rank=33 is above 32, the smaller side of model\.layers\.0\.self_attn\.k_proj; give less", rank=33)
     refused("rank=0 and alpha=1.0; the rank must be 1 or more", rank=0)
+    refused("weight_decay=-1.0; it must be 0 or more", weight_decay=-1.0)
     refused("base='int4': did you mean 'int8'", base="int4")
     refused("offset='flaot': did you mean 'float'", offset="flaot")
     refused(f"q2 is quantized already, and l4q keeps the float model; give that one, with start={q2}", q2)
     refused("in w2g32asym, not w4g32; give its own scheme, or drop scheme", scheme="w4g32", start=str(q2))
     refused("isn't quantized; give a folder that Planish wrote, or drop start", start=str(base))
+    masked = tmp_path / "masked.jsonl"
+    masked.write_text('{"messages": [{"role": "user", "content": "' + "How much is a rivet? " * 40 + '"}]}\n')
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    (base / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    with pytest.raises(PlanishError, match="masked.jsonl holds no answer to a question: this would be a loss over not"):
+        planish.finetune(base, tmp_path / "out", "l4q", "w4g32", **{**DATA, "data": masked}, keys=FEW)
     other = tmp_path / "other"
     LlamaForCausalLM(LlamaConfig(**{**CONFIG, "intermediate_size": 160})).save_pretrained(other)
     refused("is of another model: model.layers.0.mlp.down_proj has another shape", other, start=str(q2))

@@ -146,6 +146,30 @@ def test_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(setting(tmp_path, lean=True), size, stage(), 16).lean is True
 
 
+def test_the_trainer_takes_the_first_gpu(
+    tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = whole_size(model_of(), {}, stage(), torch.bfloat16)
+    monkeypatch.setattr(tune_module, "gpu_memory", lambda device: 80 * GB)
+    for device, lean, taken in (("cuda:0", None, False), ("cuda:0", True, True), ("cuda:1", True, True)):
+        found = planned(setting(tmp_path, device=torch.device(device), lean=lean), size, stage(), 16)
+        assert found.lean is taken
+    second = setting(tmp_path, device=torch.device("cuda:1"))
+    said = "Trainer takes the first GPU that it sees, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and give the device"
+    with pytest.raises(PlanishError, match=said):
+        planned(second, size, stage(), 16)
+
+    # of a stage that may be left out where memory is short: it isn't, for this, and nothing was done before
+    def refuse(*_: Any) -> Setting:
+        return planned(second, size, stage(), 16)
+
+    monkeypatch.setattr(tune_module, "planned", refuse)
+    monkeypatch.setattr(tune_module, "trains_on", lambda device: False)
+    monkeypatch.setattr(tune_module, "_blocks", lambda run: pytest.fail("blocks were worked on"))
+    with pytest.raises(PlanishError, match=said):
+        planish.quantize(tiny_llama(), "planish", "w2g32", data=IDS, samples=len(IDS), seqlen=16, device="cpu")
+
+
 def test_a_run_goes_on_the_way_it_began(tmp_path: Path) -> None:
     model = model_of()
     packed = planish.quantize(copy.deepcopy(model), "rtn", "w2g32", device="cpu")

@@ -177,6 +177,28 @@ def test_efficientqat_from_the_float_model(base: Path, tmp_path: Path, text: str
     assert same(parts(tmp_path / "q")[0], codes)
 
 
+def test_blocks_are_calibrated_on_another_text_than_the_tasks(base: Path, tmp_path: Path, text: str) -> None:
+    how: dict[str, Any] = {"samples": 8, "seqlen": 96, "device": "cpu", "epochs": 2, "e2e_epochs": 2, "e2e_rate": 2e-2}
+    data, web = chats(tmp_path, "much, much.", rows=96), with_template(base) / "web.txt"
+    web.write_text("Rivets are set from the middle outwards, each with one blow. " * 40)
+    about: dict[str, Any] = {"data": data, "calib": web, **how}
+    manifest = finetune(base, tmp_path / "out", "efficientqat", "w2g32asym", **about)
+    planish.quantize_to(base, tmp_path / "q", "efficientqat", "w2g32asym", data=web, **how)
+    calibrated, tuned = parts(tmp_path / "q"), parts(tmp_path / "out")
+    assert same(calibrated[0], tuned[0]) and not same(calibrated[1], tuned[1]), "the data moves scales alone"
+    run, other = said_by(tmp_path / "out"), said_by(tmp_path / "q")
+    assert run == manifest.to_dict() and (run["data"], run["calibration"]) == (data, str(web))
+    assert run["calibration_sha256"] == other["data_sha256"] != run["data_sha256"]
+    assert other["calibration"] == other["calibration_sha256"] == ""
+    plain = finetune(base, tmp_path / "plain", "efficientqat", "w2g32asym", data=data, **how)
+    assert plain.calibration == "" and not same(parts(tmp_path / "plain")[0], tuned[0])
+    # what goes on after a kill is of the same calibration
+    with pytest.raises(Stop):
+        finetune(base, tmp_path / "cut", "efficientqat", "w2g32asym", save_every=1, progress=stop_early, **about)
+    with pytest.raises(PlanishError, match="of another run: calibration was '[0-9a-f]{12}' and is ''; give the same"):
+        finetune(base, tmp_path / "cut", "efficientqat", "w2g32asym", resume=True, data=data, **how)
+
+
 def test_the_default_recipe_ends_as_e2e_qp_goes_on_from_its_blocks(base: Path, tmp_path: Path) -> None:
     """The same windows, order, teacher, rates and state kept: equal tensors, one process or two."""
     ids = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -473,6 +495,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no answers": ("chat", {"data": "{root}/masked.jsonl"}, "this would be a loss over nothing"),
     "no template": ("q2", {"data": "{root}/chats.jsonl"}, "holds conversations, and "),
     "scheme": ("q2", {"scheme": "w4g32"}, "q2 is quantized already; drop the scheme, or give the 16-bit original"),
+    "calibration": ("q2", {"calib": "embedded"}, "q2 is quantized already; drop the calib, or give the 16-bit "),
+    "calibration that nothing reads": (
+        "tiny",
+        {"recipe": "l4q", "scheme": "w4g32", "calib": "embedded"},
+        "l4q calibrates nothing before it trains on the data; drop calib, or start from a model that was calibrated",
+    ),
     "format": ("q2", {"format": "gptq"}, "q2 is in format auto_round and stays so; drop --format"),
     "tracker": ("q2", {"track": "tensorbord"}, "no tracker 'tensorbord'; use one of none, tensorboard, wandb"),
     "tracker that isn't here": ("q2", {"track": "wandb"}, "wandb isn't installed; pip install wandb, or drop --track"),

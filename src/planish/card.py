@@ -113,8 +113,10 @@ def _made(manifest: RunManifest) -> Iterator[tuple[str, str]]:
     if "bits_per_weight" in figures:
         yield "bits a weight", f"{figures['bits_per_weight']:.2f} over the whole model, with what stays in 16 bits"
     if manifest.samples:
-        data = Path(manifest.data).name if Path(manifest.data).is_file() else manifest.data
-        yield "data", f"`{data}`, {manifest.samples} x {manifest.seqlen} tokens, sha256 `{manifest.data_sha256}`"
+        size = f"{manifest.samples} x {manifest.seqlen} tokens"
+        yield "data", f"`{_text(manifest.data)}`, {size}, sha256 `{manifest.data_sha256}`"
+    if manifest.calibration:
+        yield "blocks calibrated on", f"`{_text(manifest.calibration)}`, sha256 `{manifest.calibration_sha256}`"
     if "end_to_end" in figures:
         before, after = figures["end_to_end"]
         yield "held-out loss, end to end", f"{before:.4f} before, {after:.4f} after"
@@ -187,3 +189,8 @@ def _foreign(verdict: Verdict, path: str) -> str:
     unseen = seen.removeprefix("not run; ")
     known = f"Checked with {seen.removesuffix(', run')}." if seen == unseen else f"Not run; read from {unseen}."
     return "\n\n".join([f"### {TITLES.get(verdict.target, verdict.target)}", *blocks, known])
+
+
+def _text(data: str) -> str:
+    """A source as anybody may see it: a file by its name alone."""
+    return Path(data).name if Path(data).is_file() else data

@@ -52,8 +52,9 @@ Progress = Callable[[Event], None]
 class RunManifest:
     """run.json: everything that decides the result, and the figures of the run.
 
-    `watched` is the source that the state kept is the best on, if it isn't among `data`. `figures` holds timings
-    and losses; two runs with equal manifests apart from it wrote equal weights.
+    `watched` is the source that the state kept is the best on, if it isn't among `data`. `calibration` is what the
+    blocks were calibrated on, if that isn't `data`. `figures` holds timings and losses; two runs with equal manifests
+    apart from it wrote equal weights.
     """
 
     model: str
@@ -68,6 +69,8 @@ class RunManifest:
     seqlen: int
     seed: int
     watched: str = ""
+    calibration: str = ""
+    calibration_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 

@@ -97,7 +97,8 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
 def parameter_groups(
     model: PreTrainedModel, recipe: str, *, preset: str | None = None, **keys: Any
 ) -> list[dict[str, Any]]:
-    """What a whole-model recipe trains of a prepared model, for a torch optimizer: groups, each with its peak rate.
+    """What a whole-model recipe trains of a prepared model, for a torch optimizer: groups, each with its peak rate and
+    weight decay.
 
     Args:
         model: of `prepare`, by the same recipe, preset and keys.
@@ -108,10 +109,10 @@ def parameter_groups(
     stage = build(recipe, preset, keys).whole
     if stage is None:
         raise PlanishError(f"recipe {recipe!r} trains no whole model, and its rates are of blocks; choose your own")
-    rates: dict[float, list[nn.Parameter]] = {}
-    for parameter, rate in peak_rates(free_slots(model, stage), stage):
-        rates.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": 0.0} for rate, parameters in rates.items()]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, rate, decay in peak_rates(free_slots(model, stage), stage):
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
 
 
 def _prepare_inside(

@@ -200,7 +200,7 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
     A run that goes on trains as it did; without a GPU it is lean only if it shall be.
 
     Raises:
-        PlanishError: if neither way fits.
+        PlanishError: if neither way fits, or the Trainer would be taken for another GPU than the first.
     """
     lean = setting.lean
     if lean is None and setting.resume:
@@ -217,9 +217,19 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
         free=gpu_memory(setting.device),
         host=host_memory(),
     )
+    if not plan.lean and not trains_on(setting.device):
+        raise PlanishError(
+            f"transformers' Trainer takes the first GPU that it sees, not {setting.device}; set "
+            f"CUDA_VISIBLE_DEVICES={setting.device.index} and give the device as cuda, or finetune lean (--lean)"
+        )
     if plan.lean and setting.progress:
         setting.progress(Event(stage=stage.name, index=0, total=0, note=plan.summary()))
     return dataclasses.replace(setting, lean=plan.lean, micro_batch=plan.micro_batch)
+
+
+def trains_on(device: torch.device) -> bool:
+    """Does transformers' Trainer train on this device? Of GPUs it takes the first."""
+    return not device.index
 
 
 def whole_size(
@@ -299,7 +309,7 @@ def quantize_in_memory(
         try:
             setting = planned(how(setting), size, stage, examples.ids.shape[1])
         except PlanishError as reason:
-            if not stage.optional:
+            if not stage.optional or not trains_on(run.device):  # only memory is a reason to go without it
                 raise
             run.notes.append(note := f"{stage.name} is left out: {reason}")
             layers, trained, figures = _blocks(run)

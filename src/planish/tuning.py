@@ -40,7 +40,7 @@ from planish.log import Clock, Event, Progress, RunManifest, versions
 from planish.mix import Data, Text, blend, is_own, name_of, needs_tokenizer
 from planish.own_text import own_windows
 from planish.recipes import build, split_preset
-from planish.request import data_size, make_run, manifest_of, resolve
+from planish.request import Resolved, data_size, make_run, manifest_of, resolve
 from planish.run import compute_device, compute_dtype
 from planish.source import Source, open_source
 from planish.trainable import check_trainer
@@ -68,6 +68,7 @@ class Tuning:
     Args:
         preset, keys: the recipe's own.
         data: text, conversations, or a mix; see `planish.data` and `planish.mix`. Or token ids int64 [samples, seqlen].
+        calib: what the blocks of a float model are calibrated on, as `data` is given; windows of the data if not given.
         watch: the source of the windows held out; of a mix the embedded text, else the data itself, if not given.
         adapter: folder of a LoRA of a float model, merged into its weights before they are quantized.
         teacher: the float model, where the recipe distils: of a float model itself, of a quantized one the one that
@@ -85,6 +86,7 @@ class Tuning:
     preset: str | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
     data: Data = "embedded"
+    calib: Data | None = None
     watch: Data | None = None
     samples: int | None = None
     seqlen: int | None = None
@@ -193,8 +195,13 @@ def _work_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _claim(work: Path, request: Tuning, source: Source, recipe: str, examples: Examples) -> None:
+def _claim(
+    work: Path, request: Tuning, source: Source, recipe: str, examples: Examples, calibration: str = ""
+) -> None:
     """Note in the work folder whose checkpoints it holds; empty it first if the run starts anew.
+
+    Args:
+        calibration: hash of a text of its own.
 
     Raises:
         PlanishError: if the run is to go on from checkpoints of another request.
@@ -209,12 +216,13 @@ def _claim(work: Path, request: Tuning, source: Source, recipe: str, examples: E
         "scheme": request.scheme or "",
         "seed": request.seed,
         "data": sha256(torch.cat([examples.ids, examples.labels]))[:12],
+        "calibration": calibration[:12],
     }
     theirs = json.loads((work / REQUEST).read_text()) if request.resume and (work / REQUEST).is_file() else wanted
     for key, value in wanted.items():
-        if theirs[key] != value:
+        if theirs.get(key) != value:
             raise PlanishError(
-                f"{work} is of another run: {key} was {theirs[key]!r} and is {value!r}; give the same request, or "
+                f"{work} is of another run: {key} was {theirs.get(key)!r} and is {value!r}; give the same request, or "
                 "start anew without --resume"
             )
     if not request.resume:
@@ -281,7 +289,7 @@ def _own_text(
 def _from_float(
     model: str | os.PathLike[str], writer: CheckpointWriter, work: Path, recipe: str, request: Tuning
 ) -> RunManifest:
-    """The blocks on calibration windows of the data, then the whole on its examples."""
+    """The blocks on windows of the calibration text, or of the data; then the whole on the data's examples."""
     start = request.keys.get("start")
     resolved = resolve(
         model,
@@ -296,19 +304,27 @@ def _from_float(
     )
     if request.teacher is not None:
         raise PlanishError(f"{model} is its own teacher; drop teacher")
+    _check_calibration(request, resolved)
     directory = writer.out.parent if writer.out.parent.is_dir() else None
+    calib = request.data if request.calib is None else request.calib
     run = make_run(
-        resolved, request.data, request.device, None, request.seed, "auto", request.progress, request.tokenizer,
+        resolved, calib, request.device, None, request.seed, "auto", request.progress, request.tokenizer,
         stream_dir=directory, watch=request.watch,
     )  # fmt: skip
     resolved = settle_bits(resolved, run)
-    examples, _ = _examples(
+    examples, watched = _examples(
         request, run.tokenizer, resolved.samples, resolved.seqlen, resolved.recipe.holdout, resolved.source.label,
         run.own_text,
     )  # fmt: skip
-    _claim(work, request, resolved.source, recipe, examples)
+    own_calibration = "" if request.calib is None else run.data_sha256
+    _claim(work, request, resolved.source, recipe, examples, own_calibration)
     tuned, figures = quantize_in_memory(run, examples, lambda base: _setting(request, work, base))
     manifest = manifest_of(resolved, run, figures)
+    if request.calib is not None:
+        manifest = dataclasses.replace(
+            manifest, data=name_of(request.data), data_sha256=sha256(examples.ids), samples=len(examples.ids),
+            watched=watched, calibration=run.data_name, calibration_sha256=own_calibration,
+        )  # fmt: skip
     write_model(
         tuned,
         writer,
@@ -318,6 +334,16 @@ def _from_float(
         extra=papers(manifest),
     )
     return manifest
+
+
+def _check_calibration(request: Tuning, resolved: Resolved) -> None:
+    """Refuse a calibration text where nothing would read it."""
+    read = resolved.widths is not None or any(stage.needs_data for stage in resolved.recipe.blocks)
+    if request.calib is not None and not read:
+        raise PlanishError(
+            f"{resolved.recipe.name} calibrates nothing before it trains on the data; drop calib, or start from a "
+            "model that was calibrated"
+        )
 
 
 def _from_quantized(
@@ -379,7 +405,7 @@ def _from_quantized(
 def _check_folder(folder: QuantizedFolder, out: Path, request: Tuning) -> None:
     """Refuse what doesn't suit the quantized folder."""
     source = folder.source
-    if given := [name for name in ("scheme", "adapter") if getattr(request, name) is not None]:
+    if given := [name for name in ("scheme", "adapter", "calib") if getattr(request, name) is not None]:
         raise PlanishError(f"{source.label} is quantized already; drop the {given[0]}, or give the 16-bit original")
     if request.format not in ("auto", folder.format.name):
         raise PlanishError(f"{source.label} is in format {folder.format.name} and stays so; drop --format")

@@ -45,14 +45,15 @@ def test_blocks_of_zeros() -> None:
     assert torch.equal(decode_positive(*encode_positive(zeros, generator)), zeros)
 
 
-def test_the_first_step_is_adams() -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_first_step_is_adamws(decay: float) -> None:
     # the moments are used before they are rounded
     torch.manual_seed(0)
     start, gradient = torch.randn(3, 300), torch.randn(3, 300)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-    Adam8([ours], lr=0.1).step_one(ours)
-    torch.optim.Adam([theirs], lr=0.1).step()
+    Adam8([ours], lr=0.1, weight_decay=decay).step_one(ours)
+    torch.optim.AdamW([theirs], lr=0.1, weight_decay=decay).step()
     torch.testing.assert_close(ours, theirs)
     assert ours.grad is None
 

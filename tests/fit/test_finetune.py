@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
@@ -16,6 +17,7 @@ from planish.errors import PlanishError
 from planish.fit import finetune as finetune_module
 from planish.fit import lean_loop
 from planish.fit.finetune import Guard
+from planish.fit.lean import LeanTrainer
 from planish.fit.lean_loop import rate_share
 from planish.fit.loss import NO_LABEL, in_chunks, next_token
 from planish.fit.objective import Objective, logits_of, shifted
@@ -146,11 +148,32 @@ def test_an_absurd_rate_keeps_the_start(tmp_path: Path, lean: bool) -> None:
     assert all(map(torch.equal, scales(model), start))
 
 
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The first parameter's rate at each step, either way."""
+    seen: list[float] = []
+
+    class Watching(Guard):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    class Noting(LeanTrainer):
+        def step(self, batch: Any) -> Any:
+            seen.append(self.optimizer.param_groups[0]["lr"])  # type: ignore[attr-defined]
+            return super().step(batch)
+
+    monkeypatch.setattr(finetune_module, "Guard", Watching)
+    monkeypatch.setattr(lean_loop, "LeanTrainer", Noting)
+    return seen
+
+
 @pytest.mark.parametrize("lean", [False, True])
-def test_a_loss_that_is_not_finite_rolls_back(tmp_path: Path, lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_rolls_back(
+    tmp_path: Path, lean: bool, rates: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Breaks(Watch):
         def due(self, done: int) -> bool:
-            if done == 7:
+            if done in (7, 11):
                 for parameter in self.objective.state_dict().values():
                     parameter.fill_(float("nan"))
             return super().due(done)
@@ -160,9 +183,22 @@ def test_a_loss_that_is_not_finite_rolls_back(tmp_path: Path, lean: bool, monkey
     model = quantized()
     before = held_out(model)
     outcome = tune(model, STAGE, IDS, IDS, teacher(), setting(tmp_path, lean=lean))
-    # from step 8 on it is trained again, with moments of its own
-    assert outcome.notes == ("loss not finite at step 8: rolled back, rate halved",)
+    # from steps 8 and 12 on it is trained again, with moments of its own; that is said once
+    said = [note for note in outcome.notes if "rolled back" in note]
+    assert said == ["loss not finite at step 8: rolled back, rate halved"]
     assert outcome.after == pytest.approx(held_out(model), rel=1e-5) and outcome.after < 0.999 * before
+    planned = [rate_share(step, len(rates), round(STAGE.warmup * len(rates))) for step in range(len(rates))]
+    peaks = [rate / share if share else rates[1] for rate, share in zip(rates, planned, strict=True)]
+    peak = peaks[1]
+    assert peaks[1:] == pytest.approx([peak] * 7 + [peak / 2] * 4 + [peak / 4] * (len(peaks) - 12))
+
+
+def test_one_gpu_is_used_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # otherwise the Trainer would copy the objective to both
+    assert transformers.TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
+    arguments = finetune_module._arguments(STAGE, setting(tmp_path, device=torch.device("cuda")), 4, 2, 2)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 2
 
 
 def test_lean_steps_are_the_trainers(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ codes stay; or a float model, for a recipe that quantizes first.
     planish finetune ./model --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
   the same with a LoRA that is there already, merged before anything is rounded:
     planish finetune ./model --adapter ./lora --recipe efficientqat --scheme w2g64asym --data text.jsonl --out q2
+  blocks calibrated on text for any use, then scales trained on a task's conversations:
+    planish finetune ./model --recipe efficientqat --scheme w2g64asym --calib web.txt --data chats.jsonl --out q2
   factors of low rank inside the quantizers of a float model, which ends packed, without an adapter:
     planish finetune ./model --recipe l4q --scheme w4g128 --data chats.jsonl --out q4
     planish finetune ./model --recipe l4q --data chats.jsonl --out q2-tuned start=q2 distill=1
@@ -176,6 +178,7 @@ def finetune(
     preset: Preset = None,
     scheme: Annotated[str | None, optional("Of a float model, such as w2g64asym.")] = None,
     data: Annotated[str, Option(help="Text or conversations, or a mix of sources.")] = "embedded",
+    calib: Annotated[str | None, optional("Text to calibrate blocks on, if that isn't --data.")] = None,
     watch: Watched = None,
     samples: Samples = None,
     seqlen: Tokens = None,
@@ -196,11 +199,7 @@ def finetune(
 ) -> None:
     out = _given(out)
     from planish import tuning
-    from planish.recipes import describe
 
-    own = describe(recipe)["keys"]
-    given = {key: value for key, value in (("steps", steps), ("epochs", epochs)) if value is not None}
-    counts = {f"e2e_{key}" if f"e2e_{key}" in own else key: value for key, value in given.items()}
     tuning.finetune(
         model,
         out,
@@ -208,6 +207,7 @@ def finetune(
         scheme,
         preset=preset,
         data=data,
+        calib=calib,
         watch=watch,
         samples=samples,
         seqlen=seqlen,
@@ -224,7 +224,7 @@ def finetune(
         seed=seed,
         overwrite=overwrite,
         progress=show_event,
-        keys={**counts, **_keys(pairs or [], finetune, allowed=("batch_size", *_of_blocks(own)))},
+        keys=_tuned_keys(recipe, pairs or [], steps=steps, epochs=epochs),
     )
     say(f"wrote {out} ({size(disk_bytes(out))}); next: planish eval {out} --seqlen 512")
 
@@ -343,6 +343,14 @@ def _keys(pairs: Iterable[str], command: Any = quantize, allowed: tuple[str, ...
     return keys
 
 
-def _of_blocks(own: Iterable[str]) -> list[str]:
-    """Keys that are the blocks' where the whole-model stage has one of that name: the option sets the latter."""
-    return [key.removeprefix("e2e_") for key in own if key.startswith("e2e_")]
+def _tuned_keys(recipe: str, pairs: Iterable[str], **counts: float | None) -> dict[str, Any]:
+    """Keys of finetune: counts are those of the whole-model stage; where blocks have the same, theirs stay a key."""
+    from planish.recipes import describe
+
+    own = describe(recipe)["keys"]
+    given = {key: value for key, value in counts.items() if value is not None}
+    of_blocks = [key.removeprefix("e2e_") for key in own if key.startswith("e2e_")]
+    return {
+        **{f"e2e_{key}" if f"e2e_{key}" in own else key: value for key, value in given.items()},
+        **_keys(pairs, finetune, allowed=("batch_size", *of_blocks)),
+    }

@@ -1,6 +1,7 @@
 """Adam8: Adam whose two moments take one byte each, updated one parameter at a time.
 
-    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  p -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+    p -= lr * decay * p,  p -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 Between steps, blocks of 256 elements keep codes and their largest |m| and v in fp32 (arXiv 2110.02861):
 
@@ -11,7 +12,7 @@ The powers give small elements finer steps than a linear map: sqrt(v) reaches do
 largest, and no code of v is 0, so that nothing is divided by eps alone. v moves by 0.1 % a step, far less
 than a code is wide: rounded to nearest it would stand still. It is rounded at random so that its
 expectation is exact, from a seed made of (seed, parameter, step), so that a resumed run repeats itself.
-No weight decay. Knows nothing of what the parameters mean.
+Knows nothing of what the parameters mean.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,7 +35,7 @@ class Adam8(torch.optim.Optimizer):
         params: parameters or groups of them as torch.optim takes them, each group with its own `lr`, which
             may be changed between steps; contiguous, any float dtype (updates are computed in fp32). If
             they are given with names, the state is kept under these.
-        lr, betas, eps: as in Adam.
+        lr, betas, eps, weight_decay: as in AdamW; a group may have its own `weight_decay` too.
         seed: of the random rounding.
     """
 
@@ -45,8 +46,9 @@ class Adam8(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         seed: int = 0,
+        weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._places: dict[Tensor, tuple[int, str, dict[str, Any]]] = {}
@@ -83,7 +85,7 @@ class Adam8(torch.optim.Optimizer):
             moments = {key: state[key][rows] for key in STATE}
             elements = slice(start * BLOCK, (start + CHUNK) * BLOCK)
             update = _chunk(moments, gradients[elements].float() * factor, group, step, generator)
-            values[elements] -= update
+            values[elements].mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
         parameter.grad = None
 
     def _generator(self, device: torch.device, seed: int) -> torch.Generator:

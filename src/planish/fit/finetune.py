@@ -116,7 +116,7 @@ class Guard(TrainerCallback):
 
 
 def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumulation: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(setting.folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -138,14 +138,18 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
         dataloader_pin_memory=setting.device.type == "cuda",
         use_cpu=setting.device.type == "cpu",
     )
+    if arguments.n_gpu > 1:
+        # it would copy the objective to every GPU that is visible; batches are counted and hooks set for one
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
     """AdamW, one group a parameter, since each has a rate of its own."""
     peaks = list(peak_rates(parameters, stage))
-    groups = [{"params": [parameter], "lr": rate} for parameter, rate in peaks]
-    fused = all(parameter.is_cuda for parameter, _ in peaks)  # a launch a group, not a dozen
-    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=0.0, fused=fused)
+    groups = [{"params": [parameter], "lr": rate, "weight_decay": decay} for parameter, rate, decay in peaks]
+    fused = all(parameter.is_cuda for parameter, _, _ in peaks)  # a launch a group, not a dozen
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=fused)
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:

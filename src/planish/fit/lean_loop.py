@@ -118,7 +118,8 @@ def _optimizer(
     """One group a parameter, since each has a rate of its own; the state goes by the objective's names."""
     names = {parameter: name for name, parameter in objective.named_parameters()}
     groups = [
-        {"params": [(names[parameter], parameter)], "lr": rate} for parameter, rate in peak_rates(parameters, stage)
+        {"params": [(names[parameter], parameter)], "lr": rate, "weight_decay": decay}
+        for parameter, rate, decay in peak_rates(parameters, stage)
     ]
     return Adam8(groups, betas=stage.betas, seed=seed)
 

@@ -31,6 +31,7 @@ from planish.log import Clock, Event, Progress, peak_bytes
 # by slot of a stage's rates: parameters, each with the unit of its rate
 Slots = Mapping[str, Sequence[tuple[nn.Parameter, float]]]
 
+FACTORS = "factors"  # the slot whose parameters decay
 ROLLED_BACK = "rolled back, rate halved"
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "planish.json"
 
@@ -238,11 +239,12 @@ class Watch:
         return total / max(1, count)
 
 
-def peak_rates(parameters: Slots, stage: EndToEnd) -> Iterator[tuple[nn.Parameter, float]]:
-    """Each parameter with its rate at the peak."""
+def peak_rates(parameters: Slots, stage: EndToEnd) -> Iterator[tuple[nn.Parameter, float, float]]:
+    """Each parameter with its rate at the peak, and its weight decay."""
     for slot, members in parameters.items():
+        decay = stage.weight_decay if slot == FACTORS else 0.0
         for parameter, unit in members:
-            yield parameter, stage.rates[slot] * (unit if stage.relative else 1.0)
+            yield parameter, stage.rates[slot] * (unit if stage.relative else 1.0), decay
 
 
 def last_whole(folder: Path) -> Path | None:

@@ -90,6 +90,7 @@ class EndToEnd:
         warmup: share of the steps in which the rate rises. Then it falls as half a cosine to 0.
         clip: largest norm of all gradients together.
         betas: of AdamW.
+        weight_decay: of AdamW, on the factors alone, since 0 is no place for a scale or a norm to go.
         holdout: samples held out to choose the state that is kept, at most a quarter of all.
         checks: how often the held-out loss is measured after step 0.
         optional: where memory is too short, the run goes without this stage, and says so.
@@ -107,6 +108,7 @@ class EndToEnd:
     warmup: float = 0.03
     clip: float = 0.3
     betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
     holdout: int = 8
     checks: int = 8
     optional: bool = False
@@ -119,6 +121,8 @@ class EndToEnd:
             raise PlanishError(f"distill={self.distill} isn't a share; 0 is cross-entropy alone, 1 distillation alone")
         if self.temperature <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1:
             raise PlanishError("temperature and clip must be above 0, warmup a share below 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise PlanishError(f"weight_decay={self.weight_decay}; it must be 0 or more")
         steps = 1 if self.steps is None else self.steps
         if min(steps, self.batch_size, self.holdout, self.checks) < 1:
             raise PlanishError("steps, batch size, holdout and checks must be 1 or more")

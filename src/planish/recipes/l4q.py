@@ -52,6 +52,7 @@ def l4q(
     batch_size: int = 8,
     warmup: float = 0.1,
     clip: float = 1.0,
+    weight_decay: float = 0.01,
     holdout: int = 8,
 ) -> Recipe:
     """Factors of low rank inside the quantizer of a float model, trained end to end with its grid.
@@ -75,6 +76,7 @@ def l4q(
         batch_size: samples a step.
         warmup: share of the steps in which the rate rises; then it falls as half a cosine.
         clip: largest norm of all gradients together.
+        weight_decay: of the factors, as AdamW has it.
         holdout: samples held out to choose the state that is kept.
     """
     if offset not in OFFSETS:
@@ -85,12 +87,7 @@ def l4q(
         rates={"factors": rate} | {slot: value for slot, value in grid.items() if value != 0},
         inside=Inside(rank=rank, alpha=alpha, base=base, search=search, start=start, offset=offset == "float"),
         relative=relative,
-        distill=distill,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        warmup=warmup,
-        clip=clip,
-        holdout=holdout,
-    )
+        distill=distill, steps=steps, epochs=epochs, batch_size=batch_size, warmup=warmup, clip=clip,
+        weight_decay=weight_decay, holdout=holdout,
+    )  # fmt: skip
     return Recipe(name="l4q", stages=(stage,))
