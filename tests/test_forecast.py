@@ -22,6 +22,7 @@ from planish.probe import Pace
 from planish.quant import activation
 from planish.request import Resolved, resolve
 from planish.shadow import EAGER, META, Held, Ledger, held_by
+from planish.tune import whole_size, with_bases
 
 GB = 10**9
 Tiny = Callable[..., Path]
@@ -265,6 +266,47 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     optional = case(resolve(tiny_llama(), "planish", "w4g32", **SMALL), samples=8, micro_batch=1)
     short = dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=100_000))
     assert "training takes" not in needs_of(short).problem, "it would be left out"
+
+
+def test_a_float_model_trained_inside_is_counted(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "l4q", "w4g32", rank=4, **SMALL)
+    stage = resolved.recipe.whole
+    assert stage is not None
+    sizes = [whole_size(resolved.source.skeleton(), resolved.schemes, way, torch.bfloat16) for way in with_bases(stage)]
+    ample = needs_of(case(resolved, samples=8))
+    assert (ample.problem, ample.streams, ample.files, ample.micro_batch) == ("", None, 0, 8)
+    assert ample.gpu == sizes[0].peak(8 * 32, lean=False, checkpointing=False)
+    # frozen weights in 8 bits where those of 16 don't even fit lean; then nothing fits
+    least = [size.peak(32, lean=True, checkpointing=False) for size in sizes]
+    assert least[1] < least[0]
+    eight = needs_of(case(resolved, samples=8, gpu=least[0] - 1))
+    assert eight.problem == "" and least[1] <= eight.gpu < least[0] and eight.micro_batch == 1
+    assert "training takes" in needs_of(case(resolved, samples=8, gpu=least[1] - 1)).problem
+    # on a CPU it is all the host's, and what trains has a copy from the start and one of the best state
+    on_cpu = needs_of(case(resolved, "cpu", samples=8))
+    size = whole_size(resolved.source.skeleton(), resolved.schemes, stage, torch.float32)
+    assert on_cpu.gpu == 0
+    assert on_cpu.host == GB // 2 + size.peak(8 * 32, lean=False, checkpointing=False) + 8 * size.trained
+
+
+@pytest.mark.parametrize(("recipe", "waiting"), [("l4q", 0), ("lrqat", 100 * 32 * 64 * 2)])
+def test_a_teacher_that_is_not_the_frozen_weights_waits_on_the_host(
+    tiny_llama: Tiny, recipe: str, waiting: int
+) -> None:
+    resolved = resolve(tiny_llama(), recipe, "w4g32", rank=4, distill=1.0, **SMALL)
+    few, many = (needs_of(case(resolved, samples=samples)) for samples in (100, 200))
+    assert many.host - few.host == waiting
+
+
+def test_what_is_said_of_a_recipe_without_blocks(tiny_llama: Tiny) -> None:
+    resolved = resolve(tiny_llama(), "lrqat", "w4g32", rank=4, samples=8, seqlen=256)
+    found = forecast(resolved, device="cpu", data=IDS[:, :256])
+    assert found.fits and found.seconds is None and found.batch == 8
+    assert found.notes == ("the time of lrqat, which trains the model as a whole, isn't measured beforehand",)
+    resolved = resolve(tiny_llama(max_position_embeddings=1024), "l4q", "w4g32", rank=4, samples=8, seqlen=1024)
+    less = needs_of(case(dataclasses.replace(resolved, seqlen=512), micro_batch=1)).gpu
+    short = forecast(resolved, data=IDS, gpu_memory=CONTEXT + less, probe=False)
+    assert not short.fits and [suggestion.flags for suggestion in short.suggestions] == ["--seqlen 512"]
 
 
 def test_a_gpu_and_the_cpu_contradict(tiny_llama: Tiny) -> None:

@@ -23,6 +23,7 @@ from planish import data as texts
 from planish.errors import PlanishError
 from planish.fit.reconstruct import Samples
 from planish.fit.spans import Stage
+from planish.inside import check_inside, open_start
 from planish.mix import Data, Text, blend, is_own, needs_tokenizer
 from planish.needs import Case, Needs, disk_of, needs_of, private_memory
 from planish.plan import Room, duration, gigabytes, measure_room
@@ -145,6 +146,7 @@ def forecast(
         PlanishError: for data that isn't there, or a model whose memory can't be predicted.
     """
     where, absent = _device(device, gpu_memory)
+    _check(resolved)
     if batch_size is not None and batch_size < 1:
         raise PlanishError(f"a batch size of {batch_size}; at least 1 sample at a time is needed")
     tokenizer = tokenizer or resolved.source.tokenizer()  # a run has it in memory, if it needs data or not
@@ -160,7 +162,7 @@ def forecast(
         disk=disk_of(resolved),
     )
     needs, pace = needs_of(case), None
-    if probe and not absent and not needs.problem:
+    if probe and not absent and not needs.problem and resolved.recipe.blocks:
         lying = needs.streams.where if needs.streams else storage
         text, micro = data if ids is None else ids, needs.micro_batch
         run = make_run(resolved, text, where, micro, seed, lying, None, tokenizer, stream_dir=stream_dir)
@@ -191,9 +193,19 @@ def _device(device: str | torch.device | None, gpu_memory: int | None) -> tuple[
     return torch.device("cuda") if absent else compute_device(device), absent
 
 
+def _check(resolved: Resolved) -> None:
+    """Refuse what a stage with factors inside would."""
+    stage = resolved.recipe.whole
+    if stage is not None and stage.inside is not None:
+        start = open_start(stage.inside.start) if stage.inside.start else None
+        check_inside(stage, resolved.schemes, resolved.shapes, start)
+
+
 def _remarks(resolved: Resolved, probe: bool, absent: bool, pace: Pace | None) -> Iterator[str]:
     """What the figures leave out."""
-    if absent:
+    if not resolved.recipe.blocks:
+        yield f"the time of {resolved.recipe.name}, which trains the model as a whole, isn't measured beforehand"
+    elif absent:
         yield "the time can only be measured where it runs; on the host CUDA's own libraries come on top"
     elif probe and pace is None:
         yield "the time is measured where it fits"
@@ -209,10 +221,8 @@ def _windows(
     """The samples that there are, and a note if they are fewer than asked for.
 
     Raises:
-        PlanishError: if there are none, or the recipe has no stage that goes through the blocks.
+        PlanishError: if there are none.
     """
-    if not resolved.recipe.blocks:
-        raise PlanishError(f"what {resolved.recipe.name} takes can't be foretold; it refuses itself what has no room")
     if not resolved.recipe.needs_data:
         return None, []
     if tokenizer is None and needs_tokenizer(data):
@@ -299,15 +309,14 @@ def _suggestions(case: Case) -> list[Suggestion]:
 
 
 def _spans(case: Case) -> list[Change]:
-    recipe = case.resolved.recipe
-    fit = recipe.blocks[0].fit
+    recipe, fit = case.resolved.recipe, case.fit
     takes_it = recipe.name in RECIPES and "span" in describe(recipe.name)["keys"]
     return [("span=1", lambda case: _with_fit(case, span=1))] if fit and fit.span > 1 and takes_it else []
 
 
 def _storages(case: Case) -> list[Change]:
     """Nearer to the disk than it is."""
-    if case.samples == 0 or case.storage == "disk":
+    if case.samples == 0 or case.storage == "disk" or not case.resolved.recipe.blocks:
         return []
     names = ("host", "disk") if case.device.type == "cuda" and case.storage != "host" else ("disk",)
     return [(f"--storage {name}", partial(_stored, name)) for name in names]
@@ -319,7 +328,8 @@ def _stored(name: str, case: Case) -> Case:
 
 def _batches(case: Case) -> list[Change]:
     """A GPU's run with steps halves its passes by itself, so that smaller batches are no help there."""
-    if case.samples == 0 or (case.device.type == "cuda" and case.resolved.recipe.blocks[0].fit is not None):
+    stepping = case.fit is not None or not case.resolved.recipe.blocks
+    if case.samples == 0 or (case.device.type == "cuda" and stepping):
         return []
     sizes = [case.micro_batch >> shift for shift in range(1, case.micro_batch.bit_length())]
     return [(f"--batch-size {size}", partial(_batched, size)) for size in sizes]
@@ -327,7 +337,7 @@ def _batches(case: Case) -> list[Change]:
 
 def _batched(size: int, case: Case) -> Case:
     case = dataclasses.replace(case, micro_batch=size)
-    return _with_fit(case, batch_size=size) if case.resolved.recipe.blocks[0].fit else case
+    return _with_fit(case, batch_size=size) if case.fit else case
 
 
 def _lengths(case: Case) -> list[Change]:

@@ -17,6 +17,8 @@ import torch
 
 from planish.checkpoint import CheckpointWriter, Content
 from planish.errors import PlanishError
+from planish.fit.reconstruct import Reconstruct
+from planish.fit.whole import EndToEnd
 from planish.folder import side_files
 from planish.log import peak_bytes
 from planish.plan import MARGIN, Room, StreamPlan, gigabytes, plan_streams, plan_whole
@@ -26,7 +28,7 @@ from planish.run import compute_dtype
 from planish.scheme import Scheme
 from planish.shadow import META, PIECE, Held, Ledger, Searched, held_by
 from planish.tables import table_shapes
-from planish.tune import wants_checkpointing, whole_size
+from planish.tune import wants_checkpointing, whole_size, with_bases
 
 SHARD: int = inspect.signature(CheckpointWriter).parameters["shard_bytes"].default
 # bytes of a tensor's entry in a header, and of a layer's in config.json, run.json and an index; besides its name
@@ -136,11 +138,16 @@ class Case:
     @property
     def batch(self) -> int:
         """Samples a step, or in a pass where there are no steps."""
-        fit = self.resolved.recipe.blocks[0].fit
-        return self.micro_batch if fit is None else fit.batch_size
+        stage = self.fit if self.resolved.recipe.blocks else self.resolved.recipe.whole
+        return self.micro_batch if stage is None else stage.batch_size
+
+    @property
+    def fit(self) -> Reconstruct | None:
+        """Of the blocks, if they are fitted."""
+        return self.resolved.recipe.blocks[0].fit if self.resolved.recipe.blocks else None
 
     def spans(self) -> list[range]:
-        fit, count = self.resolved.recipe.blocks[0].fit, self.resolved.arch.num_blocks
+        fit, count = self.fit, self.resolved.arch.num_blocks
         length = fit.span if fit else 1
         return [range(start, min(start + length, count)) for start in range(0, count, length)]
 
@@ -167,6 +174,8 @@ def needs_of(case: Case) -> Needs:
     Raises:
         PlanishError: if the memory of the model's blocks can't be predicted.
     """
+    if not case.resolved.recipe.blocks:
+        return _inside_alone(case)
     streams, on_gpu = _streams(case), case.device.type == "cuda"
     total = streams.count * streams.bytes_each if streams else 0
     where = streams.where if streams else ""
@@ -178,7 +187,7 @@ def needs_of(case: Case) -> Needs:
         total * (where == "host") + _at_blocks(case, 0 if on_gpu else blocks, small, where), _at_the_end(case, small)
     )
     gpu = lying + blocks + case.unseen if on_gpu else 0
-    whole_gpu, whole_host, problem = _whole(case)
+    whole_gpu, whole_host, _, problem = _whole(case, case.resolved.recipe.whole)
     found = Needs(
         gpu=max(gpu, whole_gpu),
         held=blocks if on_gpu else 0,
@@ -191,11 +200,24 @@ def needs_of(case: Case) -> Needs:
     return dataclasses.replace(found, problem=problem or _problem(case, found, gpu))
 
 
+def _inside_alone(case: Case) -> Needs:
+    """What a float model takes that has factors inside, and no blocks to go through before it is trained."""
+    stage = case.resolved.recipe.whole
+    assert stage is not None
+    for tried in with_bases(stage):
+        gpu, host, micro, problem = _whole(case, tried)
+        if not problem:
+            break
+    host = max(host, case.idle + _at_the_end(case, 0))
+    found = Needs(gpu=gpu, held=0, host=host, streams=None, files=0, micro_batch=micro, problem=problem)
+    return dataclasses.replace(found, problem=problem or _problem(case, found, 0))
+
+
 def _streams(case: Case) -> StreamPlan | None:
     """Where they will live, on a disk that is large enough."""
     if not case.samples:
         return None
-    fit = case.resolved.recipe.blocks[0].fit
+    fit = case.fit
     hidden = case.resolved.source.config.get_text_config().hidden_size
     return plan_streams(
         case.samples,
@@ -212,7 +234,7 @@ def _streams(case: Case) -> StreamPlan | None:
 def _held(case: Case, besides: int) -> tuple[Held, int]:
     """What the largest span holds, with half as many samples in a pass until it fits, as `fit.spans.trial` has it."""
     sizes = [case.micro_batch]
-    if case.device.type == "cuda" and case.resolved.recipe.blocks[0].fit is not None:
+    if case.device.type == "cuda" and case.fit is not None:
         sizes = [case.micro_batch >> shift for shift in range(case.micro_batch.bit_length())]
 
     def fits(micro: int) -> bool:
@@ -251,7 +273,7 @@ def _held_with(case: Case, micro_batch: int) -> Held:
 
 def _ahead(case: Case, where: str) -> int:
     """Batches of inputs and targets that lie ready on the device, besides the one at work: see `feed`."""
-    if where in ("", "device") or case.resolved.recipe.blocks[0].fit is None:
+    if where in ("", "device") or case.fit is None:
         return 0
     return (1 if case.device.type == "cuda" else 2) * 2 * case.batch * case.sample
 
@@ -259,7 +281,7 @@ def _ahead(case: Case, where: str) -> int:
 def _workspaces(case: Case) -> int:
     if case.device.type != "cuda":
         return 0
-    return WORKSPACE if case.resolved.recipe.blocks[0].fit is None else 3 * WORKSPACE
+    return WORKSPACE if case.fit is None else 3 * WORKSPACE
 
 
 def _at_blocks(case: Case, on_cpu: int, small: int, where: str) -> int:
@@ -294,16 +316,19 @@ def _at_the_end(case: Case, small: int) -> int:
     return round(min(sum(sizes), SHARD + max(sizes)) + heap)
 
 
-def _whole(case: Case) -> tuple[int, int, str]:
-    """GPU and host memory of a whole-model stage, and why it can't be."""
-    resolved, stage = case.resolved, case.resolved.recipe.whole
+def _whole(case: Case, stage: EndToEnd | None) -> tuple[int, int, int, str]:
+    """GPU and host memory of a whole-model stage, samples in a pass, and why it can't be."""
+    resolved = case.resolved
     if stage is None:
-        return 0, 0, ""
+        return 0, 0, 0, ""
     size = whole_size(resolved.source.skeleton(), resolved.schemes, stage, case.dtype)
-    micro, layers = min(case.micro_batch, stage.batch_size), sum(case.disk.layers.values())
-    host = case.idle + layers + (case.samples * case.sample if stage.distill > 0 else 0)
+    micro = min(case.micro_batch, stage.batch_size)
+    # packed layers wait there; or of factors the start and the best state
+    waiting = 8 * size.trained if stage.inside is not None else sum(case.disk.layers.values())
+    others = stage.distill > 0 and not (stage.inside is not None and stage.inside.own_teacher)
+    host = case.idle + waiting + (case.samples * case.sample if others else 0)
     if case.device.type != "cuda":
-        return 0, host + size.peak(micro * resolved.seqlen, lean=False, checkpointing=False), ""
+        return 0, host + size.peak(micro * resolved.seqlen, lean=False, checkpointing=False), micro, ""
     try:
         plan = plan_whole(
             size,
@@ -317,9 +342,10 @@ def _whole(case: Case) -> tuple[int, int, str]:
         )
     except PlanishError as error:
         if stage.optional:
-            return 0, host, ""  # the run goes without it
-        return size.peak(resolved.seqlen, lean=True, checkpointing=True), host, str(error)
-    return plan.bytes, host + (size.host(stage.batch_size * resolved.seqlen) if plan.lean else 0), ""
+            return 0, host, micro, ""  # the run goes without it
+        return size.peak(resolved.seqlen, lean=True, checkpointing=True), host, 1, str(error)
+    host += size.host(stage.batch_size * resolved.seqlen) if plan.lean else 0
+    return plan.bytes, host, plan.micro_batch, ""
 
 
 def _problem(case: Case, needs: Needs, gpu: int) -> str:

@@ -352,7 +352,7 @@ def tune_float(
     notes = [UNCOMMON] if inside.offset else []
     with _checkpoints(run) as folder:
         stage, setting = _with_base(
-            run, stage, inside, examples.ids.shape[1], lambda size: how(_setting_of(run, size, folder))
+            run, stage, examples.ids.shape[1], lambda size: how(_setting_of(run, size, folder))
         )
         if stage.inside != inside:
             notes.append("the frozen weights are held in 8 bits: of 16 there is no room")
@@ -369,19 +369,26 @@ def tune_float(
 
 
 def _with_base(
-    run: Run, stage: EndToEnd, inside: Inside, seqlen: int, setting_of: Callable[[WholeSize], Setting]
+    run: Run, stage: EndToEnd, seqlen: int, setting_of: Callable[[WholeSize], Setting]
 ) -> tuple[EndToEnd, Setting]:
     """The stage and how it trains; with frozen weights in 8 bits where those of 16 don't fit and it may choose."""
-    bases = ["16", "int8"] if inside.base == "auto" and not inside.in_steps else [inside.base]
-    for base in bases:
-        tried = stage if base == "16" else dataclasses.replace(stage, inside=dataclasses.replace(inside, base=base))
+    ways = with_bases(stage)
+    for tried in ways:
         size = whole_size(run.source.skeleton(), run.schemes, tried, run.dtype)
         try:
             return tried, planned(setting_of(size), size, tried, seqlen)
         except PlanishError:
-            if base == bases[-1]:
+            if tried is ways[-1]:
                 raise
     raise AssertionError("the last one returns or raises")
+
+
+def with_bases(stage: EndToEnd) -> list[EndToEnd]:
+    """The stage, and where it may choose what frozen weights are held in, the same with 8 bits; in the order tried."""
+    inside = stage.inside
+    if inside is None or inside.in_steps or inside.base != "auto":
+        return [stage]
+    return [stage, dataclasses.replace(stage, inside=dataclasses.replace(inside, base="int8"))]
 
 
 def _setting_of(run: Run, size: WholeSize, folder: Path) -> Setting:
