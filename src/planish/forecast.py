@@ -146,7 +146,6 @@ def forecast(
         PlanishError: for data that isn't there, or a model whose memory can't be predicted.
     """
     where, absent = _device(device, gpu_memory)
-    _check(resolved)
     if batch_size is not None and batch_size < 1:
         raise PlanishError(f"a batch size of {batch_size}; at least 1 sample at a time is needed")
     tokenizer = tokenizer or resolved.source.tokenizer()  # a run has it in memory, if it needs data or not
@@ -221,8 +220,9 @@ def _windows(
     """The samples that there are, and a note if they are fewer than asked for.
 
     Raises:
-        PlanishError: if there are none.
+        PlanishError: if there are none, or the model has no room for factors inside, or their start doesn't fit it.
     """
+    _check(resolved)
     if not resolved.recipe.needs_data:
         return None, []
     if tokenizer is None and needs_tokenizer(data):
