@@ -84,7 +84,7 @@ def one(source: str, out: str, format: str) -> None:
         while not done.wait(0.02):
             peak[0] = max(peak[0], private_peak())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # it doesn't outlive an error
     watcher.start()
     os.sync()  # what was written before is not this export's to wait for
     start = time.perf_counter()
