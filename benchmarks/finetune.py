@@ -9,7 +9,7 @@ a folder for what rows share (text, models to start from, adapters). A row is NA
     lora          LoRA in 16 bits (peft)                qlora     LoRA on the frozen weights of ptq, not merged
     qlora-merged  that adapter merged, quantized again by `requantize=` (rtn, searched, if not given)
     anything else a recipe, through planish.finetune: from the float model, or from start=, which is ptq or a recipe
-                  (l4q:w2g64:start=block_ap,distill=1); peqa and e2e_qp always start so, at ptq if nothing is said
+                  (l4q:w2g64:start=block_ap,distill=1); e2e_qp always starts so, at ptq if nothing is said
 
 lora and qlora take rate=, rank= and alpha=. All train on the same windows for the same epochs, on answers only. The
 loss is the mean over the tokens of answers held out; accuracy the share of questions whose final number is exact, by
@@ -43,7 +43,7 @@ from planish.recipes import RECIPES, describe
 
 SCHEMES = ("w4g128", "w3g128", "w2g64")
 ROWS = ("ptq", "qlora", "qlora-merged", "peqa", "lrqat", "l4q", "l4q:start=block_ap,distill=0.5")
-FROM_QUANTIZED = ("peqa", "e2e_qp")
+FROM_QUANTIZED = ("e2e_qp",)
 VALID = 512  # questions cut from GSM8K's train split; and VALID_OTHER instructions of the other set
 VALID_OTHER = 16
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -213,17 +213,18 @@ def merged(bench: Bench, scheme: str, keys: dict[str, str]) -> Any:
 
 def by_recipe(bench: Bench, name: str, scheme: str, keys: dict[str, str]) -> Any:
     """A recipe through planish.finetune; its folder is removed again."""
-    recipe = "e2e_qp" if name == "peqa" and name not in RECIPES else name
-    own, args = describe(recipe)["keys"], bench.args
+    own, args = describe(name)["keys"], bench.args
     keys = dict(keys)
-    start = keys.pop("start", None) if "start" not in own or keys.get("start") == "ptq" else None
-    start = start or ("ptq" if name in FROM_QUANTIZED else None)
+    start = keys.pop("start", "ptq" if name in FROM_QUANTIZED else None)
+    folder = None if start is None else bench.start(start, scheme)
     budget = {"epochs": args.epochs, "batch_size": args.batch}
     counts = {f"e2e_{key}" if f"e2e_{key}" in own else key: value for key, value in budget.items()}
-    model, text = (args.model, scheme) if start is None else (bench.start(start, scheme), None)
+    if folder is not None and "start" in own:
+        keys["start"], folder = str(folder), None  # beside the float model
+    model, text = (args.model, scheme) if folder is None else (folder, None)
     out = bench.work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    planish.finetune(model, out, recipe, text, batch_size=args.micro, keys={**counts, **keys}, **bench.about())
+    planish.finetune(model, out, name, text, batch_size=args.micro, keys={**counts, **keys}, **bench.about())
     found = planish.load(out, device=bench.device)
     shutil.rmtree(out)
     return found
