@@ -12,6 +12,7 @@ member multiplies by its own part, or where `Merge` is among the compiler's pass
 the compiler then makes one.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planish.kernels.gemv_layout import TILE
 from planish.kernels.linear import PackedLinear, packed_layers
@@ -150,29 +150,35 @@ def join(model: nn.Module) -> None:
 
 
 def _given_the_same(model: nn.Module) -> list[list[PackedLinear]]:
-    """Layers held as records, by the tensor they are given in a pass of one token."""
-    held = [layer for layer in packed_layers(model).values() if layer.records is not None]
+    """Layers held as records, by the tensor they are given in a pass of one token, on meta."""
+    held = {name: layer for name, layer in packed_layers(model).items() if layer.records is not None}
     given: dict[tuple[int, int], tuple[Tensor, list[PackedLinear]]] = {}  # holds tensors, so that no id comes twice
-
-    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, PackedLinear)
-        found = given.setdefault((id(args[0]), args[0]._version), (args[0], []))[1]
-        if layer not in found:
-            found.append(layer)
-
     if not held:
         return []
-    handles = [layer.register_forward_pre_hook(see) for layer in held]
+    twin = _on_meta(model)
+    for name, layer in held.items():
+
+        def see(_: nn.Module, args: tuple[Tensor, ...], layer: PackedLinear = layer) -> None:
+            found = given.setdefault((id(args[0]), args[0]._version), (args[0], []))[1]
+            if layer not in found:
+                found.append(layer)
+
+        twin.get_submodule(name).register_forward_pre_hook(see)
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=held[0].records.device)  # type: ignore[union-attr]
-            model(input_ids=ids, use_cache=False)
+        with torch.no_grad():  # with a cache: without one, masks ask for positions' numbers
+            twin(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True)
     except Exception:  # noqa: BLE001  (what can't run without numbers is joined as far as it came)
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return [layers for _, layers in given.values()]
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy that takes no memory."""
+    memo: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
