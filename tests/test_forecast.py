@@ -185,10 +185,11 @@ def test_what_the_host_and_the_disk_lack_is_said(tiny_llama: Tiny) -> None:
 
 def test_seconds_follow_from_the_pace(tiny_llama: Tiny) -> None:
     resolved = resolve(tiny_llama(), "signround", "w4g32", steps=40, span=1, batch_size=4, **SMALL)
-    pace = Pace(embedding=1, passing=10, forward=5, span=100, step=2, once=7, writing=1e9, opening=0, held=0, blocks=1)
+    pace = Pace(embedding=1, passing=10, forward=5, span=100, step=2, once=7, writing=1e9, opening=0.1, beginning=3,
+                held=0, blocks=1)  # fmt: skip
     # 2 blocks; 8 checks and the one before them, on 8 of 128 samples
-    expected = 128 * (1 + 2 * 10) + 2 * (100 + 40 * 2) + 7 + 2 * 9 * 8 * 5
-    assert seconds_of(case(resolved), pace) == pytest.approx(expected, rel=1e-3)
+    expected = 3 + 128 * (1 + 2 * 10) + 2 * (100 + 40 * 2) + 7 + 2 * 9 * 8 * 5 + 14 * 0.1
+    assert seconds_of(case(resolved), pace) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

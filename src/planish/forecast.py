@@ -253,7 +253,7 @@ def _room(device: torch.device, folder: Path, limit: int | None) -> Room:
 def _probed(case: Case, needs: Needs, run: Run) -> tuple[Case, Needs, Pace | None]:
     """The pace; what it showed of memory besides is in the case and the needs."""
     try:
-        pace = pace_of(run, case.resolved.format)
+        pace = pace_of(run, case.resolved.format, case.disk.tensors // case.disk.shards)
     except torch.OutOfMemoryError:
         return (
             case,
@@ -281,8 +281,7 @@ def seconds_of(case: Case, pace: Pace) -> float:
         steps=steps,
         checked=checked,
         written=case.disk.total,
-        tensors=case.disk.tensors,
-        shards=case.disk.shards,
+        layers=len(case.disk.layers),
     )
 
 

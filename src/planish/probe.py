@@ -1,7 +1,7 @@
 """Probe: the pace of a run, from a few steps of its first span, on the real weights and the real device.
 
-    seconds = samples (embedding + blocks * passing) + spans (span + steps * step)
-              + bytes / writing + tensors * entries of a shard * opening
+    seconds = beginning + samples (embedding + blocks * passing) + spans (span + steps * step)
+              + bytes / writing + layers * opening
 
 Two short runs of one span differ in their steps alone, so that their difference is the steps'. It goes through
 what the run goes through, the encoding and reading back of codes included. Knows nothing of how much is to be done.
@@ -26,8 +26,10 @@ from planish.fit.step import WARM_UP
 from planish.formats.format import Format
 from planish.qtensor import QTensor
 from planish.run import Run
+from planish.source import FolderSource, Source
 from planish.stream import BlockStream
 
+FILLER = 1 << 25  # bytes written besides, since making a few of them last takes as long as many
 SHORT = 20.0  # seconds: a span that takes more isn't asked for many steps
 
 
@@ -42,7 +44,8 @@ class Pace:
         span: a span of `blocks`, without samples and steps. step: one of its steps.
         once: what the first span takes more than another, such as compiling.
         writing: bytes to disk in a second.
-        opening: a shard, for each entry of its header; one is opened anew for each tensor that is read back.
+        opening: a shard, which is done anew for each layer that is read back.
+        beginning: to open the model and its tokenizer, and what was written.
         held: bytes on the GPU at most, without the streams; 0 on a CPU.
     """
 
@@ -54,24 +57,23 @@ class Pace:
     once: float
     writing: float
     opening: float
+    beginning: float
     held: int
     blocks: int
 
-    def seconds(
-        self, *, samples: int, blocks: int, steps: int, checked: int, written: int, tensors: int, shards: int
-    ) -> float:
+    def seconds(self, *, samples: int, blocks: int, steps: int, checked: int, written: int, layers: int) -> float:
         """Of a whole run.
 
         Args:
             samples: in the streams. blocks: of the model. steps: of a span.
             checked: samples that the held-out loss is measured on, all checks of a span together.
-            written: bytes of the checkpoint. tensors: of it, in so many shards.
+            written: bytes of the checkpoint. layers: of it that are quantized.
         """
         spans = blocks / self.blocks
         through = blocks * (samples * self.passing + checked * self.forward)
         at_work = spans * (self.span + steps * self.step) + self.once
-        on_disk = written / self.writing + tensors * tensors / shards * self.opening
-        return samples * self.embedding + through + at_work + on_disk
+        on_disk = written / self.writing + layers * self.opening
+        return self.beginning + samples * self.embedding + through + at_work + on_disk
 
 
 class _Timed(BlockStream):
@@ -114,8 +116,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def pace_of(run: Run, format: Format) -> Pace:
+def pace_of(run: Run, format: Format, entries: int) -> Pace:
     """Measure a run's pace on its first span; nothing is kept.
+
+    Args:
+        entries: of a shard's header.
 
     Raises:
         torch.OutOfMemoryError: if the span doesn't fit.
@@ -124,7 +129,7 @@ def pace_of(run: Run, format: Format) -> Pace:
     length = min(stage.fit.span if stage.fit else 1, run.arch.num_blocks)
     if stage.fit is None:
         first, second = (_span(run, format, stage, length) for _ in "ab")
-        return _pace(run, length, second, once=first.total - second.total)
+        return _pace(run, length, second, entries, once=first.total - second.total)
     few = 1 if run.device.type == "cpu" else WARM_UP + 2  # as many as a step takes to be captured and replayed
     first = second = _span(run, format, _with_steps(stage, few), length)
     if run.device.type == "cuda":  # the first one compiled
@@ -132,7 +137,7 @@ def pace_of(run: Run, format: Format) -> Pace:
     more = 1 if second.total > SHORT else 4
     third = _span(run, format, _with_steps(stage, few + more), length)
     step = max(0.0, (third.total - third.passing - second.total + second.passing) / more)
-    return _pace(run, length, third, once=first.total - second.total, step=step, steps=few + more)
+    return _pace(run, length, third, entries, once=first.total - second.total, step=step, steps=few + more)
 
 
 def _with_steps(stage: Stage, steps: int) -> Stage:
@@ -142,16 +147,15 @@ def _with_steps(stage: Stage, steps: int) -> Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class _Times:
-    """Of one span: seconds in all, of the embedding, and of passing through blocks."""
+    """Of one span: seconds in all, of the embedding, and of passing through blocks; and what is to be written."""
 
     total: float
     embedding: float
     passing: float
     passes: int
     samples: int
-    writing: float
-    opening: float
     held: int
+    tensors: dict[str, Tensor]
 
 
 def _span(run: Run, format: Format, stage: Stage, length: int) -> _Times:
@@ -179,16 +183,14 @@ def _span(run: Run, format: Format, stage: Stage, length: int) -> _Times:
     held = torch.cuda.max_memory_allocated(run.device) - before if on_gpu else 0
     if stream is not None and stream.storage == "device":
         held -= stream.fp.nbytes + stream.quant.nbytes
-    writing, opening = _disk(sink.tensors, run.stream_folder)
     return _Times(
         total=total,
         embedding=begun - start,
         passing=stream.seconds if stream else 0.0,
         passes=stream.passes if stream else 0,
         samples=len(stream) if stream else 0,
-        writing=writing,
-        opening=opening,
         held=held,
+        tensors=sink.tensors,
     )
 
 
@@ -214,23 +216,40 @@ def _stream(run: Run, ids: Tensor, stage: Stage) -> _Timed:
         )
 
 
-def _disk(tensors: dict[str, Tensor], folder: Path) -> tuple[float, float]:
-    """Bytes to disk in a second, and seconds to open a file for a tensor of it, for each entry of its header."""
+def _disk(tensors: dict[str, Tensor], folder: Path, entries: int) -> tuple[float, float]:
+    """Bytes to disk in a second, and seconds to open a file of so many entries for one of them."""
+    filled = {f"{number:050}": torch.empty(0) for number in range(entries - len(tensors))}
+    filled["filler"] = torch.zeros(FILLER, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(prefix="planish-probe-", dir=folder) as file:
         start = time.perf_counter()
-        save_file(tensors, file.name)
+        save_file({**tensors, **filled}, file.name)
         sync(Path(file.name))
         written = time.perf_counter()
         for name in tensors:
             with safe_open(file.name, framework="pt") as handle:
                 handle.get_tensor(name)
         opened = time.perf_counter()
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    return size / (written - start), (opened - written) / len(tensors) ** 2
+    size = FILLER + sum(tensor.nbytes for tensor in tensors.values())
+    return size / (written - start), (opened - written) / len(tensors)
 
 
-def _pace(run: Run, length: int, times: _Times, *, once: float, step: float = 0.0, steps: int = 0) -> Pace:
+def _beginning(source: Source) -> float:
+    """Seconds until there is a model and its tokenizer, and to open once more what was written."""
+    if not isinstance(source, FolderSource):
+        return 0.0
+    start = time.perf_counter()
+    source.tokenizer()
+    again = time.perf_counter()
+    assert source.folder is not None
+    FolderSource(source.folder, label=source.label, trust_remote_code=source.trust)
+    return 2 * (time.perf_counter() - again) + again - start
+
+
+def _pace(
+    run: Run, length: int, times: _Times, entries: int, *, once: float, step: float = 0.0, steps: int = 0
+) -> Pace:
     samples = max(1, times.samples)
+    writing, opening = _disk(times.tensors, run.stream_folder, entries)
     return Pace(
         embedding=times.embedding / samples,
         passing=times.passing / samples / length,
@@ -238,8 +257,9 @@ def _pace(run: Run, length: int, times: _Times, *, once: float, step: float = 0.
         span=max(0.0, times.total - times.passing - steps * step),
         step=step,
         once=max(0.0, once),
-        writing=times.writing,
-        opening=times.opening,
+        writing=writing,
+        opening=opening,
+        beginning=_beginning(run.source),
         held=times.held,
         blocks=length,
     )

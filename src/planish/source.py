@@ -190,7 +190,7 @@ class FolderSource(Source):
             _refuse_quantized(config, label)
         elif self.quantization_config is not None:
             del config.quantization_config
-        self._trust = trust_remote_code
+        self.trust = trust_remote_code
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else stored_dtype(on_disk)
         model = build(config, dtype, label, trust_remote_code, stored)
         self._places = {name: on_disk[key] for key, name in module_names(model, on_disk).items()}
@@ -216,7 +216,7 @@ class FolderSource(Source):
             if file.is_file():
                 read_json(file)
         with reading(f"{self.label}: transformers can't read the tokenizer"):
-            return transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
+            return transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust)
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         by_file = defaultdict(list)

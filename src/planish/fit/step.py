@@ -5,6 +5,7 @@ backward, update) is captured once and replayed. The ordinary steps are real one
 arithmetic in the same order. Knows nothing of quantizers or blocks, only of a loss of two tensors.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class Step:
 
     def _on_side_stream(self) -> None:
         # a capture must not meet work of its own first allocations: warm up where it will be captured
-        side = torch.cuda.Stream()
+        side = _side_stream(self.inputs.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._once()
@@ -101,3 +102,9 @@ class Step:
         value = self.total.item()
         self.total.zero_()
         return value
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: each stream on which a matrix was ever multiplied keeps 64 MiB for cuBLAS."""
+    return torch.cuda.Stream(device)
