@@ -298,6 +298,20 @@ def test_kernels_match_the_definition(bits, dtype, symmetric):
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.parametrize("tokens", [64, 150, 193])
+def test_programs_share_the_tokens_of_a_small_matrix(monkeypatch, tokens):
+    weight, q = random_weight((40, 96), 3, 32, symmetric=False, device=DEVICE)
+    x, grad = (random_values(tokens, size, seed=size, device=DEVICE) for size in (96, 40))
+    expected, sizes = expected_gradients(x, q, grad)
+    monkeypatch.setattr(triton_train, "SHORTEST", 64)
+    for mine, right, size in zip(
+        triton_train.grid_gradients(grad, x, weight, True), expected[1:], sizes[1:], strict=True
+    ):
+        assert_near(mine, right, size, SUMS)
+
+
+@pytest.mark.gpu
+@needs_triton
 def test_kernels_add_an_offset():
     weight, q = random_weight((40, 96), 4, 48, symmetric=False, offset=True, device=DEVICE)
     exact, x = q.dequantize(), random_values(9, 96, device=DEVICE)

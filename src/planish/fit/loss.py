@@ -54,8 +54,9 @@ def next_token(
         total = total + (1 - distill) * functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
     if distill > 0:
         assert teacher is not None
-        ours = functional.log_softmax(logits / temperature, -1)
-        theirs = functional.log_softmax(teacher.float() / temperature, -1)
+        # dividing by 1 would go once more through all of them
+        ours, theirs = (part if temperature == 1 else part / temperature for part in (logits, teacher.float()))
+        ours, theirs = functional.log_softmax(ours, -1), functional.log_softmax(theirs, -1)
         divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
         total = total + distill * temperature**2 * (divergence * (labels != NO_LABEL)).sum()
     return total

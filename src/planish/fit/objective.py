@@ -26,7 +26,8 @@ def logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def logits(hidden: Tensor) -> Tensor:
-        values = head(hidden).float() * factor
+        values = head(hidden).float()
+        values = values if factor == 1 else values * factor
         return values if cap is None else torch.tanh(values / cap) * cap
 
     return logits

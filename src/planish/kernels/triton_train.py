@@ -40,6 +40,8 @@ class Tiles(NamedTuple):
 PRODUCT = Tiles(128, 256, 64, warps=8, stages=3)  # y and dX
 GRID = Tiles(128, 256, 64, warps=8, stages=3)  # ds and dz: outputs, inputs, tokens
 EXACT = Tiles(64, 64, 16, warps=4, stages=2)  # fp32, on the plain cores
+# a small matrix has few tiles for a GPU: more programs share its tokens, none taking fewer than these
+PROGRAMS, SHORTEST = 256, 1024
 DENSE_ROWS, DENSE_COLUMNS = 16, 256
 BAND = 8
 
@@ -190,13 +192,13 @@ def _input_kernel(
     tl.store(grad_x_ptr + at, total.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # batches differ, a kernel needn't
+@triton.jit(do_not_specialize=["tokens", "length"])  # batches differ, a kernel needn't
 def _grid_kernel(
     grad_ptr, x_ptr, codes_ptr, zero_ptr, scale_sum_ptr, zero_sum_ptr, tokens, out_features, in_features, eighth,
-    groups, pieces, BITS: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr, HIGH: tl.constexpr,
+    groups, pieces, length, BITS: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr, HIGH: tl.constexpr,
     WIDE: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    # a tile of columns is some whole groups, or one piece of one group
+    # a tile of columns is some whole groups, or one piece of one group; of each the part of the tokens that is its own
     SHARE: tl.constexpr = WIDE // GROUP if WIDE % GROUP == 0 else 1
     slots = groups * pieces
     down, across = _place(tl.cdiv(out_features, HIGH), tl.cdiv(slots, SHARE), BAND)
@@ -207,14 +209,15 @@ def _grid_kernel(
         end = tl.minimum((across // pieces + 1) * GROUP, in_features)
     column = start + tl.arange(0, WIDE)
     total = tl.zeros([HIGH, WIDE], tl.float32)
-    for first in range(0, tokens, DEEP):
+    part = tl.program_id(1)
+    for first in range(part * length, tl.minimum((part + 1) * length, tokens), DEEP):
         token = first + tl.arange(0, DEEP)
         grad = _tile(grad_ptr, token, output, tokens, out_features, out_features)
         x = _tile(x_ptr, token, column, tokens, end, in_features)
         total = tl.dot(tl.trans(grad), x, total, input_precision="ieee")
     # columns past the end have zeros in dW, and add nothing
     slot = across * SHARE + tl.arange(0, SHARE)
-    at = output.to(tl.int64)[:, None] * slots + slot[None, :]
+    at = (part * out_features + output.to(tl.int64))[:, None] * slots + slot[None, :]
     mask = (output < out_features)[:, None] & (slot < slots)[None, :]
     steps = _steps(codes_ptr, zero_ptr, output, start, out_features, eighth, groups, BITS, GROUP, HIGH, WIDE)
     terms = tl.reshape(total * steps, (HIGH, SHARE, WIDE // SHARE))
@@ -274,17 +277,19 @@ def grid_gradients(grad: Tensor, x: Tensor, weight: Packed, need_zero: bool) -> 
     tiles = EXACT if x.dtype == torch.float32 else GRID
     wide, pieces, share = _columns(weight.group_size, tiles.wide)
     out_features, groups = weight.scale.shape
-    scale_sum = grad.new_empty(out_features, groups, pieces, dtype=torch.float32)
-    zero_sum = torch.empty_like(scale_sum) if need_zero else None
     programs = triton.cdiv(out_features, tiles.high) * triton.cdiv(groups * pieces, share)
+    parts = max(1, min(PROGRAMS // programs, len(x) // SHORTEST))
+    length = triton.cdiv(triton.cdiv(len(x), parts), tiles.deep) * tiles.deep
+    scale_sum = grad.new_empty(parts, out_features, groups, pieces, dtype=torch.float32)
+    zero_sum = torch.empty_like(scale_sum) if need_zero else None
     codes, _, zero, _ = _parts(weight)
     with torch.cuda.device_of(x):
-        _grid_kernel[(programs,)](
-            grad, x, codes, zero, scale_sum, zero_sum, len(x), *_sizes(weight), pieces,
+        _grid_kernel[(programs, parts)](
+            grad, x, codes, zero, scale_sum, zero_sum, len(x), *_sizes(weight), pieces, length,
             **_constants(weight, tiles._replace(wide=wide)),
         )  # fmt: skip
-    grad_scale = scale_sum.sum(-1)
-    return grad_scale, grad_scale.new_empty(0) if zero_sum is None else -weight.scale * zero_sum.sum(-1)
+    grad_scale = scale_sum.sum((0, -1))
+    return grad_scale, grad_scale.new_empty(0) if zero_sum is None else -weight.scale * zero_sum.sum((0, -1))
 
 
 def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
