@@ -33,7 +33,7 @@ HOMES = {"triton": {"kernels"}, "accelerate": {"fit"}, "lm_eval": {"eval"}, "typ
 UNSAFE_PACKAGES = ("pickle", "dill", "joblib", "shelve", "marshal")
 UNSAFE_CALLS = ("torch.load", "torch.save", "eval", "exec", "os.system", "yaml.load")
 
-MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 500, 60, 24_700
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 500, 60, 24_900
 
 
 def part(path: Path) -> str:

@@ -11,8 +11,8 @@ With G = dY^T X and `inside` where no code was clamped, the gradients are, for L
 
 and for LR-QAT, whose codes don't depend on s, dZ = s G inside, ds = sum of G (Q - z) and dz = -s sum of G. A graph
 holds X, the frozen weight, A, B and the grid, nothing else of the size of a weight; G exists a tile of rows at a time.
-Conversion adds the same tiles up, so that what was trained is what is packed. Knows nothing of layers, nor of what
-trains them.
+Conversion adds up by the same op, so that what was trained is what is packed. A GPU has kernels for the ops below, in
+`kernels.merged`. Knows nothing of layers, nor of what trains them.
 """
 
 import math
@@ -37,6 +37,89 @@ def tiles(out_features: int, in_features: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, out_features, step))
 
 
+def frozen(base: Tensor, unit: Tensor | None, group_size: int) -> Tensor:
+    """The frozen part, fp32 [rows, in]; arguments as of `Latent`."""
+    base = base.float()
+    return base if unit is None else from_groups(to_groups(base, group_size) * unit, base.shape[1])
+
+
+@torch.library.custom_op("planish::merged", mutates_args=())
+def merged(base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, alpha: float, group_size: int) -> Tensor:
+    """base * unit + alpha b a, fp32 [rows, in]; arguments as of `Latent`, differentiable in a and b."""
+    with torch.autocast(base.device.type, enabled=False):  # or training would round otherwise than conversion
+        return torch.addmm(frozen(base, unit, group_size), b.float(), a.float(), alpha=alpha)
+
+
+@merged.register_fake
+def _(base: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(base, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[2:4])
+    ctx.alpha = inputs[4]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    a, b = ctx.saved_tensors
+    return (
+        None,
+        None,
+        ctx.alpha * (b.float().T @ grad).to(a.dtype),
+        ctx.alpha * (grad @ a.float().T).to(b.dtype),
+        None,
+        None,
+    )
+
+
+merged.register_autograd(_backward, setup_context=_save)
+
+
+def round_in_tiles(
+    base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, alpha: float, group_size: int, scale: Tensor, zero: Tensor,
+    bits: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """W_hat [out, in] of what `merged` gives, as of `fake_quantize`, whose scale and zero [out, G, 1] these are."""
+    dense = torch.empty_like(base, dtype=dtype)
+    for rows in tiles(*base.shape):
+        whose = unit if unit is None or len(unit) == 1 else unit[rows]
+        groups = to_groups(merged(base[rows], whose, a, b[rows], alpha, group_size), group_size)
+        values = fake_quantize(groups, None, scale[rows], zero[rows], bits, dtype)
+        dense[rows] = from_groups(values, base.shape[1])
+    return dense
+
+
+merged_round = torch.library.custom_op("planish::merged_round", round_in_tiles, mutates_args=())
+
+
+@merged_round.register_fake
+def _(base: Tensor, *rest) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.empty_like(base, dtype=rest[-1])
+
+
+def gradients_of(
+    grad: Tensor, base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, alpha: float, group_size: int, scale: Tensor,
+    zero: Tensor, bits: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dA, dB, ds and dz, fp32, of G [rows, in], any float dtype; dA is these rows' share."""
+    groups = to_groups(merged(base, unit, a, b, alpha, group_size), group_size)
+    spread = to_groups(grad, group_size).contiguous()
+    moved, _, grad_scale, grad_zero = fake_quantize_backward(spread, groups, None, scale, zero, bits, True)
+    moved = from_groups(moved, base.shape[1])
+    with torch.autocast(base.device.type, enabled=False):
+        return alpha * (b.float().T @ moved), alpha * (moved @ a.float().T), grad_scale, grad_zero
+
+
+merged_backward = torch.library.custom_op("planish::merged_backward", gradients_of, mutates_args=())
+
+
+@merged_backward.register_fake
+def _(grad: Tensor, base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, alpha: float, group_size: int,
+      scale: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = [torch.empty_like(part, dtype=torch.float32) for part in (a, b, scale, scale)]
+    return made[0], made[1], made[2], made[3]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Latent:
     """What is rounded, but for the grid.
@@ -59,33 +142,35 @@ class Latent:
     bits: int
     group_size: int
 
-    def frozen(self, rows: slice) -> Tensor:
-        """The frozen part, fp32 [rows, in]."""
-        base = self.base[rows].float()
-        if self.unit is None:
-            return base
-        unit = self.unit if len(self.unit) == 1 else self.unit[rows]
-        return from_groups(to_groups(base, self.group_size) * unit, base.shape[1])
+    def parts(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, int]:
+        """What `merged` takes of some rows."""
+        unit = self.unit if self.unit is None or len(self.unit) == 1 else self.unit[rows]
+        return self.base[rows], unit, self.a, self.b[rows], self.alpha, self.group_size
 
     def rows(self, rows: slice) -> Tensor:
-        """W' or Z, fp32 [rows, G, g]; never by autocast, or training would round otherwise than conversion."""
-        base = self.frozen(rows)
-        with torch.autocast(base.device.type, enabled=False):
-            merged = torch.addmm(base, self.b[rows].float(), self.a.float(), alpha=self.alpha)
-        return to_groups(merged, self.group_size)
+        """W' or Z, fp32 [rows, G, g]."""
+        return to_groups(merged(*self.parts(rows)), self.group_size)
 
     def whole(self) -> Tensor:
         """The same of all rows, [out, G, g], differentiable in a and b."""
         return torch.cat([self.rows(rows) for rows in tiles(*self.base.shape)])
 
-    def round(self, groups: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-        """W_hat [rows, G, g] of what `rows` gave, in `dtype`, rounded once."""
+    def round(self, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """W_hat [out, in] in `dtype`, rounded once."""
+        if not self.in_steps and grid.offset is None:
+            return merged_round(*self.parts(slice(None)), grid.scale, grid.zero, self.bits, dtype)
+        dense = torch.empty_like(self.base, dtype=dtype)
+        for rows in tiles(*self.base.shape):
+            dense[rows] = from_groups(self.rounded(self.rows(rows), _rows(grid, rows), dtype), self.base.shape[1])
+        return dense
+
+    def rounded(self, groups: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """W_hat [rows, G, g] of what `rows` gave."""
         if self.in_steps:
             return (grid.scale * self.levels(groups, grid)).to(dtype)
-        if grid.offset is None:
-            return fake_quantize(groups, None, grid.scale, grid.zero, self.bits, dtype)
-        shifted = fake_quantize(groups - grid.offset, None, grid.scale, grid.zero, self.bits, torch.float32)
-        return (shifted + grid.offset).to(dtype)
+        shifted = groups if grid.offset is None else groups - grid.offset
+        values = fake_quantize(shifted, None, grid.scale, grid.zero, self.bits, torch.float32)
+        return (values if grid.offset is None else values + grid.offset).to(dtype)
 
     def levels(self, groups: Tensor, grid: Grid) -> Tensor:
         """Q - z of what is in steps: its codes lie around the middle, whatever z they are decoded with."""
@@ -95,19 +180,25 @@ class Latent:
     def _unit_grid(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return torch.ones_like(grid.scale), torch.full_like(grid.scale, midpoint(self.bits))
 
-    def gradients(self, grad: Tensor, groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(d latent, ds, dz, do) of G [rows, G, g], fp32."""
+    def gradients(self, grad: Tensor, rows: slice, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(share of dA, dB, ds, dz, do), fp32, of G [rows, in]."""
+        if not self.in_steps and grid.offset is None:
+            return *merged_backward(grad, *self.parts(rows), grid.scale, grid.zero, self.bits), None
+        groups, grad = self.rows(rows), to_groups(grad, self.group_size).float()
         if self.in_steps:
-            grad, unit = grad.float(), self._unit_grid(grid)
-            latent = fake_quantize_backward(grad * grid.scale, groups, None, *unit, self.bits, True)[0]
+            unit = self._unit_grid(grid)
+            moved = fake_quantize_backward(grad * grid.scale, groups, None, *unit, self.bits, True)[0]
             grad_scale = (grad * self.levels(groups, grid)).sum(-1, keepdim=True)
-            return latent, grad_scale, -(grid.scale * grad).sum(-1, keepdim=True), None
-        shifted = groups if grid.offset is None else groups - grid.offset
-        latent, _, grad_scale, zero = fake_quantize_backward(
-            grad.contiguous(), shifted, None, grid.scale, grid.zero, self.bits, True
-        )
-        offset = None if grid.offset is None else (grad.float() - latent).sum(-1, keepdim=True)
-        return latent, grad_scale, zero, offset
+            zero, offset = -(grid.scale * grad).sum(-1, keepdim=True), None
+        else:
+            assert grid.offset is not None
+            moved, _, grad_scale, zero = fake_quantize_backward(
+                grad.contiguous(), groups - grid.offset, None, grid.scale, grid.zero, self.bits, True
+            )
+            offset = (grad - moved).sum(-1, keepdim=True)
+        moved = from_groups(moved, self.base.shape[1])
+        share = self.alpha * (self.b[rows].float().T @ moved)
+        return share, self.alpha * (moved @ self.a.float().T), grad_scale, zero, offset
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -129,11 +220,8 @@ class LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, a, b, scale, zero, offset, base, unit)
         ctx.how = how
-        latent, dense = Latent(base=base, unit=unit, a=a, b=b, **how), torch.empty_like(base, dtype=x.dtype)
-        for rows in tiles(*base.shape):
-            grid = _rows(Grid(scale, zero, offset), rows)
-            dense[rows] = from_groups(latent.round(latent.rows(rows), grid, x.dtype), base.shape[1])
-        return functional.linear(x, dense, bias)
+        latent, grid = Latent(base=base, unit=unit, a=a, b=b, **how), Grid(scale, zero, offset)
+        return functional.linear(x, latent.round(grid, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
@@ -142,22 +230,16 @@ class LowRankProduct(torch.autograd.Function):
         flat, inputs = grad.reshape(-1, base.shape[0]), x.reshape(-1, base.shape[1])
         grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
         grads = [None if part is None else torch.empty_like(part) for part in grid]
-        dense = torch.empty_like(base, dtype=x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None
         with torch.autocast(x.device.type, enabled=False):
             for rows in tiles(*base.shape):
-                groups, part = latent.rows(rows), _rows(grid, rows)
-                if dense is not None:
-                    dense[rows] = from_groups(latent.round(groups, part, x.dtype), base.shape[1])
-                found, *of_grid = latent.gradients(
-                    to_groups(flat[:, rows].T @ inputs, latent.group_size), groups, part
-                )
+                share, grad_b[rows], *of_grid = latent.gradients(flat[:, rows].T @ inputs, rows, _rows(grid, rows))
+                grad_a += share
                 for whole, value in zip(grads, of_grid, strict=True):
                     if whole is not None and value is not None:
                         whole[rows] = value
-                moved = from_groups(found, base.shape[1])
-                grad_b[rows] = latent.alpha * (moved @ a.float().T)
-                grad_a += latent.alpha * (b[rows].float().T @ moved)
-            grad_x = None if dense is None else (flat.to(x.dtype) @ dense).reshape(x.shape)
+            if ctx.needs_input_grad[0]:
+                grad_x = (flat.to(x.dtype) @ latent.round(grid, x.dtype)).reshape(x.shape)
         grad_bias = flat.sum(0) if ctx.needs_input_grad[6] else None
         return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), *grads, grad_bias, None, None, None
 
@@ -229,7 +311,7 @@ class LowRank(nn.Module):
         assert not self.in_steps, "in steps of a grid, what lay beyond its ends is lost"
         if self.base is None:
             return weight
-        return self.latent(weight).frozen(slice(None)).to(dtype)
+        return frozen(self.base, self.unit, self.group_size).to(dtype)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
         """x W_hat^T + bias, [..., out] of [..., in], in the dtype of x; under autocast as of nn.Linear."""

@@ -77,7 +77,7 @@ class Quantizer(nn.Module):
         groups, grid, rounding = self._parts(weight)
         if isinstance(self.weight, LowRankSteps):
             assert rounding is None
-            values = self.weight.latent(weight).round(groups, grid, weight.dtype)
+            values = self.weight.latent(weight).rounded(groups, grid, weight.dtype)
         elif grid.offset is not None:
             shifted = groups - grid.offset
             values = fake_quantize(shifted, rounding, grid.scale, grid.zero, self.scheme.bits, torch.float32)
