@@ -62,14 +62,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     a, b = ctx.saved_tensors
-    return (
-        None,
-        None,
-        ctx.alpha * (b.float().T @ grad).to(a.dtype),
-        ctx.alpha * (grad @ a.float().T).to(b.dtype),
-        None,
-        None,
-    )
+    grads = ctx.alpha * (b.float().T @ grad).to(a.dtype), ctx.alpha * (grad @ a.float().T).to(b.dtype)
+    return None, None, *grads, None, None
 
 
 merged.register_autograd(_backward, setup_context=_save)
@@ -168,9 +162,9 @@ class Latent:
         """W_hat [rows, G, g] of what `rows` gave."""
         if self.in_steps:
             return (grid.scale * self.levels(groups, grid)).to(dtype)
-        shifted = groups if grid.offset is None else groups - grid.offset
-        values = fake_quantize(shifted, None, grid.scale, grid.zero, self.bits, torch.float32)
-        return (values if grid.offset is None else values + grid.offset).to(dtype)
+        assert grid.offset is not None, "without one W_hat is `merged_round`'s"
+        values = fake_quantize(groups - grid.offset, None, grid.scale, grid.zero, self.bits, torch.float32)
+        return (values + grid.offset).to(dtype)
 
     def levels(self, groups: Tensor, grid: Grid) -> Tensor:
         """Q - z of what is in steps: its codes lie around the middle, whatever z they are decoded with."""
