@@ -133,3 +133,21 @@ def test_other_groups_and_high_ranks_take_the_definitions(group, rank, monkeypat
     torch.testing.assert_close(fused.add(*parts), torch.addmm(frozen, b, a, alpha=ALPHA), rtol=1e-5, atol=1e-4)
     assert fused.add_round(*parts, scale, zero, 4, torch.float16).isfinite().all()
     assert all(part.isfinite().all() for part in fused.add_backward(frozen, *parts, scale, zero, 4))
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_how_a_tensor_lies_in_memory_changes_nothing():
+    parts, scale, zero = inputs((40, 200), 32, 3, False, 4, False)
+    base, *rest = parts
+    grad = torch.randn(base.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+
+    def everything(base, scale, zero, grad):
+        ours = base, *rest
+        rounded = fused.add_round(*ours, scale, zero, 4, torch.float32)
+        return fused.add(*ours), rounded, *fused.add_backward(grad, *ours, scale, zero, 4)
+
+    given = base, scale, zero, grad
+    turned = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in given]
+    assert not any(part.is_contiguous() for part in turned)
+    assert all(torch.equal(one, other) for one, other in zip(everything(*given), everything(*turned), strict=True))

@@ -132,6 +132,7 @@ def _forward(
     base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, alpha: float, group_size: int, scale: Tensor | None,
     zero: Tensor | None, bits: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    base = base.contiguous()  # or what is like it would lie otherwise than it is written
     parts, groups = _about(base, unit, a, b, group_size)
     out, (rows, columns) = torch.empty_like(base, dtype=dtype), base.shape
     grid = [None if part is None else part.contiguous() for part in (scale, zero)]
@@ -175,10 +176,11 @@ def add_backward(
     down, across = triton.cdiv(rows, ROWS * WALK), triton.cdiv(columns, COLUMNS)
     grad_a = torch.empty(down, rank, columns, dtype=torch.float32, device=base.device)
     grad_b = torch.empty(across, rows, rank, dtype=torch.float32, device=base.device)
+    scale, zero = scale.contiguous(), zero.contiguous()
     grad_scale, grad_zero = torch.empty_like(scale), torch.empty_like(scale)
     with torch.cuda.device_of(base):
         _backward_kernel[down, across](
-            grad.contiguous(), *parts, scale.contiguous(), zero.contiguous(), grad_a, grad_b, grad_scale, grad_zero,
+            grad.contiguous(), *parts, scale, zero, grad_a, grad_b, grad_scale, grad_zero,
             alpha, rows, columns, groups, TOP=float(2**bits - 1), RANK=rank,
             WIDE=max(NARROWEST, triton.next_power_of_2(rank)), GROUP=group_size, ROWS=ROWS, COLUMNS=COLUMNS, WALK=WALK,
             num_warps=WARPS, enable_fp_fusion=False,
