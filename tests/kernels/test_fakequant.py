@@ -5,8 +5,6 @@ TRITON_INTERPRET when it is imported.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -31,11 +29,8 @@ each_rounding = pytest.mark.parametrize("rounded", [True, False], ids=["offset",
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it starts")
-def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+def test_all_of_this_in_the_interpreter(interpreted):
+    assert "passed" in interpreted
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ TRITON_INTERPRET when it is imported.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,11 +27,8 @@ ALPHA = 0.7
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it starts")
-def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+def test_all_of_this_in_the_interpreter(interpreted):
+    assert "passed" in interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +36,6 @@ def poisoned(monkeypatch):
     """Memory that a kernel leaves unwritten holds NaN."""
     monkeypatch.setattr(torch, "empty_like", lambda like, **kwargs: torch.full_like(like, torch.nan, **kwargs))
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: torch.full(size, torch.nan, **kwargs))
-
-
-@pytest.fixture(autouse=INTERPRETED)
-def interpreter_counts(monkeypatch):
-    """Triton's interpreter makes a loop's bounds plain numbers in a way that NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def inputs(shape, group, rank, int8, bits, symmetric):
