@@ -1,5 +1,7 @@
-"""What tests of Triton's kernels share. Without a GPU they run in Triton's interpreter, in a process of their own: Triton
-reads TRITON_INTERPRET when it is imported.
+"""What tests of Triton's kernels share.
+
+Without a GPU they run in Triton's interpreter, in a process of their own: Triton reads TRITON_INTERPRET when it is
+imported.
 """
 
 import os
