@@ -1,6 +1,6 @@
 """Kernels of packed weights side by side: ours, cuBLAS on 16-bit weights, torch's int4, gemlite, Humming.
 
-    python benchmarks/kernels.py OUT.json [--peers ours,cublas] [--rows 1,8] [--seconds 540]
+    python benchmarks/kernels.py OUT.json [--peers ours,cublas] [--shapes 8192x8192] [--rows 1,8] [--seconds 540]
     python benchmarks/kernels.py OUT.json --tune [--seconds 540]
 
 A figure is the time of one product within a CUDA graph that holds one product for each of several copies of the
@@ -348,9 +348,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--peers", default=",".join(PEERS), help="which to compare")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x")
+    parser.add_argument("--shapes", help="which out x in, as 28672x8192,8192x8192")
     parser.add_argument("--seconds", type=float, default=540, help="start nothing after so long")
     chosen = parser.parse_args()
     shapes = [(128, 512), (80, 1024)] if chosen.tiny else SHAPES
+    if chosen.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in chosen.shapes.split(",")]
 
     def out_of_time() -> bool:
         return time.perf_counter() - STARTED > chosen.seconds

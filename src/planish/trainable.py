@@ -11,11 +11,11 @@ What was trained is what is packed, bit for bit. Knows nothing of data, losses o
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.utils import is_accelerate_available
@@ -28,13 +28,15 @@ from planish.fit.spans import Stage
 from planish.fit.watch import peak_rates
 from planish.fit.whole import EndToEnd
 from planish.hf import attach
-from planish.inside import check_inside, open_start, put_inside
+from planish.inside import check_inside, moved_into_cells, open_start, put_inside
 from planish.kernels import siblings
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.quant import Free, Learned, QLinear, Quantizer
 from planish.recipes import build
 from planish.scheme import SchemeMap
+
+STRANGE = 0.6  # of a step: a float weight further than this from W_hat, on average, isn't what it was made of
 
 
 def prepare(
@@ -149,8 +151,14 @@ def _free_inside(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tupl
     return found
 
 
-def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[nn.Parameter, float]]]:
+def free_slots(
+    model: PreTrainedModel, stage: EndToEnd, floats: Callable[[str], Tensor] | None = None
+) -> dict[str, list[tuple[nn.Parameter, float]]]:
     """Make the slots of a whole-model stage trainable; the parameters by slot, with the units of their rates.
+
+    Args:
+        floats: name -> float weight [out, in] of a linear that was packed, where the float model is at hand: weights
+            that are trained start from it. See `_thaw`.
 
     Raises:
         PlanishError: if the model isn't quantized, or lacks what is to be trained.
@@ -171,7 +179,7 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[
         layer.to_codes()
         step = layer.scale.detach().abs().float().mean().item()
         slots = [slot for slot in stage.rates if slot != "norm" and (slot != "zero" or not layer.symmetric)]
-        freed = _thaw(model, name, layer, slots) if "weight" in slots else layer.make_trainable(slots)
+        freed = _thaw(model, name, layer, slots, floats) if "weight" in slots else layer.make_trainable(slots)
         for slot, parameter in freed.items():
             found[slot].append((parameter, 1.0 if slot == "zero" else step))
     for slot, parameters in found.items():
@@ -184,10 +192,18 @@ def free_slots(model: PreTrainedModel, stage: EndToEnd) -> dict[str, list[tuple[
     return found
 
 
-def _thaw(model: PreTrainedModel, name: str, layer: PackedLinear, slots: Iterable[str]) -> dict[str, nn.Parameter]:
+def _thaw(
+    model: PreTrainedModel,
+    name: str,
+    layer: PackedLinear,
+    slots: Iterable[str],
+    floats: Callable[[str], Tensor] | None,
+) -> dict[str, nn.Parameter]:
     """Put a linear whose weight is rounded anew at each step in the place of a packed one; its parameters by slot.
 
-    The weight starts from W_hat, the middle of each code's cell: nothing is lost, and no code changes at first.
+    No code changes at first. The weight starts where the float one lies in its code's cell, so that those change
+    first whose rounding was a near thing; without a float one from W_hat, the middle of each cell, half a step from
+    any other code.
     """
     held = layer.qtensor()
     if held.order is not None or held.offset is not None:
@@ -197,8 +213,14 @@ def _thaw(model: PreTrainedModel, name: str, layer: PackedLinear, slots: Iterabl
     linear.weight = nn.Parameter(held.dequantize(dtype))
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias)
+    start = held.dequantize(torch.float32)
+    if floats is not None:
+        weight = floats(name).to(start)
+        # a transform in between, such as a rotation, made another weight of it
+        if (weight - start).abs().mean() < STRANGE * held.scale.abs().float().mean():
+            start = moved_into_cells(weight, held, every=True)
     quantizer = Quantizer(
-        held.dequantize(torch.float32),
+        start,
         layer.scheme,
         weight_slot=Free,
         range_slot=functools.partial(Learned, search=False),

@@ -139,15 +139,17 @@ def tune(
     labels: Tensor,
     teacher: Teacher | None,
     setting: Setting,
+    floats: Callable[[str], Tensor] | None = None,
 ) -> Outcome:
     """Train a packed model, or one with factors inside, in place; it is packed afterwards, as it will be stored.
 
     Args:
         ids, labels: int64 [samples, tokens], aligned; see `fit.loss.NO_LABEL`.
         teacher: needed if the stage distils from another model; its hidden states in the order of `ids`.
+        floats: as of `free_slots`.
     """
     assert teacher is not None or stage.distill == 0 or (stage.inside is not None and stage.inside.own_teacher)
-    arch, parameters = discover(model, (PackedLinear, QLinear)), free_slots(model, stage)
+    arch, parameters = discover(model, (PackedLinear, QLinear)), free_slots(model, stage, floats)
     objective = Objective(
         model,
         arch,
@@ -317,8 +319,13 @@ def quantize_in_memory(
         layers, trained, figures = _blocks(run)
         teacher = _teacher(run, examples) if stage.distill > 0 else None
         model = _assembled(run, layers, trained, run.dtype)
-        outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
+        outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting, weights_of(source))
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
+
+
+def weights_of(source: Source) -> Callable[[str], Tensor]:
+    """name -> weight of a linear of a float model."""
+    return lambda name: source.get(f"{name}.weight")
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from planish.tune import (
     teacher_of,
     tune,
     wants_checkpointing,
+    weights_of,
     whole_size,
 )
 from planish.widths import settle_bits
@@ -378,7 +379,8 @@ def _from_quantized(
             progress=request.progress,
         )
     model = assemble(source, folder.packed(device), device, dtype, folder.schemes)
-    outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting)
+    floats = None if theirs is None else weights_of(theirs)
+    outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting, floats)
     manifest = RunManifest(
         model=source.label,
         recipe=recipe,

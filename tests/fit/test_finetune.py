@@ -126,6 +126,25 @@ def test_norms_and_codes_learn_where_they_may(tmp_path: Path, scheme: str, lean:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_weights_start_from_the_float_ones_within_their_cells() -> None:
+    model, source, stage = quantized("w2g32"), float_model(), dataclasses.replace(STAGE, rates={"weight": 1e-3})
+    held = {name: layer.qtensor() for name, layer in packed_layers(model).items()}
+    strange = next(iter(held))
+    made = {name: source.get_parameter(f"{name}.weight").detach() for name in held} | {strange: held[strange].codes}
+    free_slots(model, stage, made.__getitem__)
+    for name, before in held.items():
+        quantizer = model.get_submodule(name).quantizer
+        latent, middle = quantizer.get_parameter("weight.value").detach(), before.dequantize(torch.float32)
+        step = before.scale.float().repeat_interleave(32, dim=1)
+        if name == strange:
+            assert torch.equal(latent, middle), "another model's weight counts for nothing"
+            continue
+        assert (((latent - middle) / step).abs() <= 0.4001).all()
+        near = ((made[name] - middle) / step).abs() < 0.39
+        assert near.any() and torch.allclose(latent[near], made[name][near])
+        assert torch.equal(quantizer.quantize(made[name]).codes, before.codes)
+
+
 def test_what_cannot_be_trained(tmp_path: Path) -> None:
     model = quantized("w2g32")
     for block in model.model.layers:
