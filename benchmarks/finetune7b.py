@@ -141,13 +141,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6, help="the first isn't counted")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default=",".join(f"{way}:{adam}" for way, adam in WAYS), help="as lora:adamw,l4q:adamw")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "ADAM"), help="measure one way in this process")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(*args.one, args)))
         return
     rows = []
-    for way, adam in WAYS:
+    for way, adam in (pair.split(":") for pair in args.only.split(",")):
         given = ["--blocks", str(args.blocks), "--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
         command = [sys.executable, __file__, "--one", way, adam, *given]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -38,6 +38,7 @@ from planish.quant import (
     QLinear,
     Quantizer,
     Searched,
+    Steps,
     TunedMinMax,
     Unclipped,
 )
@@ -71,7 +72,7 @@ SHAPES = [(6, 256), (5, 200)]
 
 def test_every_slot_is_here() -> None:
     exported = {getattr(quant, name) for name in quant.__all__}
-    elsewhere = {LowRankSteps, Given, Unclipped}  # quant/test_low_rank.py
+    elsewhere = {LowRankSteps, Given, Unclipped, Steps}  # quant/test_low_rank.py, quant/test_quantizer.py
     slots = {kind for kind in exported if isinstance(kind, type) and issubclass(kind, nn.Module)}
     slots -= {Quantizer, QLinear} | elsewhere
     listed = {kind for kind in [*WEIGHTS.values(), *ROUNDINGS.values(), *RANGES.values()] if isinstance(kind, type)}

@@ -32,7 +32,7 @@ from planish.inside import check_inside, moved_into_cells, open_start, put_insid
 from planish.kernels import siblings
 from planish.kernels.embedding import PackedEmbedding
 from planish.kernels.linear import PackedLinear, packed_layers
-from planish.quant import Free, Learned, QLinear, Quantizer
+from planish.quant import Given, Learned, QLinear, Quantizer, Steps, grid_of
 from planish.recipes import build
 from planish.scheme import SchemeMap
 
@@ -181,7 +181,7 @@ def free_slots(
         slots = [slot for slot in stage.rates if slot != "norm" and (slot != "zero" or not layer.symmetric)]
         freed = _thaw(model, name, layer, slots, floats) if "weight" in slots else layer.make_trainable(slots)
         for slot, parameter in freed.items():
-            found[slot].append((parameter, 1.0 if slot == "zero" else step))
+            found[slot].append((parameter, step if slot == "scale" else 1.0))
     for slot, parameters in found.items():
         if slot == "norm" and not parameters:
             raise PlanishError("the blocks have no norm with a weight to train; drop norm_rate")
@@ -219,16 +219,14 @@ def _thaw(
         # a transform in between, such as a rotation, made another weight of it
         if (weight - start).abs().mean() < STRANGE * held.scale.abs().float().mean():
             start = moved_into_cells(weight, held, every=True)
+    grid = grid_of(held)
     quantizer = Quantizer(
         start,
         layer.scheme,
-        weight_slot=Free,
-        range_slot=functools.partial(Learned, search=False),
+        weight_slot=functools.partial(Steps, scale=grid.scale),
+        range_slot=functools.partial(Learned, start=functools.partial(Given, grid=grid)),
     ).requires_grad_(False)
     parameters = {"weight": "weight.value", "scale": "range.scale", "zero": "range.zero"}
-    quantizer.get_parameter("range.scale").data.copy_(held.scale.float().unsqueeze(-1))
-    if held.zero is not None:
-        quantizer.get_parameter("range.zero").data.copy_(held.zero.float().unsqueeze(-1))
     _put(model, name, QLinear(linear, quantizer, layer.activations))
     freed = {slot: quantizer.get_parameter(parameters[slot]) for slot in slots}
     for parameter in freed.values():

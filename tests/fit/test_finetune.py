@@ -112,8 +112,9 @@ def test_norms_and_codes_learn_where_they_may(tmp_path: Path, scheme: str, lean:
     rates = {"scale": 5e-3, "norm": 5e-3, "weight": 5e-2, **({"zero": 2e-2} if scheme.endswith("asym") else {})}
     stage = dataclasses.replace(STAGE, rates=rates)
     start = {name: layer.qtensor().codes for name, layer in packed_layers(model).items()}
-    before = held_out(model, stage)
-    outcome = tune(model, stage, IDS, IDS, teacher(), setting(tmp_path, lean=lean))
+    before, source = held_out(model, stage), float_model()
+    floats = lambda name: source.get_parameter(f"{name}.weight").detach()  # noqa: E731
+    outcome = tune(model, stage, IDS, IDS, teacher(), setting(tmp_path, lean=lean), floats)
     assert outcome.before == pytest.approx(before, rel=1e-5), "it starts from what was given"
     assert outcome.after == pytest.approx(held_out(model, stage), rel=1e-5), "what was trained is what is packed"
     alone = quantized(scheme)
@@ -134,10 +135,10 @@ def test_weights_start_from_the_float_ones_within_their_cells() -> None:
     free_slots(model, stage, made.__getitem__)
     for name, before in held.items():
         quantizer = model.get_submodule(name).quantizer
-        latent, middle = quantizer.get_parameter("weight.value").detach(), before.dequantize(torch.float32)
-        step = before.scale.float().repeat_interleave(32, dim=1)
+        step, middle = before.scale.float().repeat_interleave(32, dim=1), before.dequantize(torch.float32)
+        latent = quantizer.get_parameter("weight.value").detach() * step
         if name == strange:
-            assert torch.equal(latent, middle), "another model's weight counts for nothing"
+            assert torch.allclose(latent, middle), "another model's weight counts for nothing"
             continue
         assert (((latent - middle) / step).abs() <= 0.4001).all()
         near = ((made[name] - middle) / step).abs() < 0.39

@@ -306,6 +306,7 @@ def test_a_thread_of_its_own_may_decode():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch.compile's advice
 def test_torch_compile_makes_cuda_graphs_of_it():
     q, weight = make((1024, 2048), 2, 64, False)
     moved = Packed.from_qtensor(q.to("cuda"))

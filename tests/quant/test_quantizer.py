@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.quant import Grid, MinMax, Offset, QLinear, Quantizer, TunedMinMax
+from planish.quant import Given, Grid, Learned, MinMax, Offset, QLinear, Quantizer, Steps, TunedMinMax, grid_of
 from planish.scheme import Scheme
 
 W2 = Scheme.parse("w2g32")
@@ -121,3 +121,31 @@ def test_a_slot_may_be_any_callable() -> None:
     quantized = Quantizer(weight, W2, range_slot=functools.partial(Constant, step=-0.5)).quantize(weight)
     assert bool((quantized.scale == -0.5).all())
     assert set(quantized.dequantize().unique().tolist()) <= {1.0, 0.5, 0.0, -0.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["w2g32", "w3g32asym"])
+def test_a_weight_in_steps_keeps_its_codes_when_scales_move(scheme: str, dtype: torch.dtype) -> None:
+    weight, parsed = weight_of(), Scheme.parse(scheme)
+    held = Quantizer(weight, parsed).quantize(weight)
+    grid = grid_of(held)
+    slots = {"weight_slot": functools.partial(Steps, scale=grid.scale),
+             "range_slot": functools.partial(Learned, start=functools.partial(Given, grid=grid))}  # fmt: skip
+    quantizer = Quantizer(weight, parsed, **slots)
+    assert torch.equal(quantizer.quantize(weight).codes, held.codes)
+    with torch.no_grad():
+        quantizer.range.scale.mul_(1.3)  # type: ignore[union-attr, operator]
+    assert torch.equal(quantizer.quantize(weight).codes, held.codes)
+    given = weight.to(dtype)
+    dense = quantizer(given)
+    assert torch.equal(dense, quantizer.quantize(given).dequantize(dtype))
+    grad = torch.randn(8, 80, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dense.backward(grad)
+    value, scale = quantizer.get_parameter("weight.value"), quantizer.get_parameter("range.scale")
+    step = quantizer.quantize(weight).scale.float().repeat_interleave(32, 1)[:, :80]
+    levels, zero = (quantizer.quantize(weight).dequantize() / step).round(), grid.zero.expand(-1, -1, 32).flatten(1)
+    inside = (value.round() + zero[:, :80]).clamp(0, 2**parsed.bits - 1) == value.round() + zero[:, :80]
+    assert inside.any() and (inside.all() != parsed.symmetric)
+    torch.testing.assert_close(value.grad, grad.float() * step * inside, rtol=1e-5, atol=0)
+    terms = torch.nn.functional.pad(grad.float() * levels, (0, 16)).unflatten(1, (3, 32)).sum(-1, keepdim=True)
+    torch.testing.assert_close(scale.grad, terms, rtol=1e-4, atol=1e-4)

@@ -3,9 +3,10 @@
     minimise over s (and z)   (1 - distill) * CE(text) + distill * KL(float model || model),   W_hat = s * (Q - z)
 
 E2E-QP, the second half of EfficientQAT (arXiv 2407.11062), and PEQA (arXiv 2305.14152) are of this kind. Where the
-codes move too, Q = round(W' / s) + z and W' is trained, starting from W_hat, as LLM-QAT does (arXiv 2305.17888). With
-factors of low rank inside the quantizer, a float model is trained so (L4Q, LR-QAT: see `quant.low_rank`). This file
-says what is trained and how; `fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
+codes move too, Q = round(V) + z and V, a weight in steps of the grid, is trained: quantization-aware training as of
+LLM-QAT (arXiv 2305.17888), but s changes no code, as in LR-QAT (arXiv 2406.06385). With factors of low rank inside the
+quantizer, a float model is trained so (L4Q, LR-QAT: see `quant.low_rank`). This file says what is trained and how;
+`fit.finetune` does it with transformers' Trainer, `fit.lean` in little memory.
 """
 
 import functools
@@ -77,11 +78,11 @@ class EndToEnd:
 
     Args:
         name: shown in progress.
-        rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": W'; of `inside` "factors" and "offset")
+        rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": V; of `inside` "factors" and "offset")
             -> learning rate at its peak. Slots that aren't named stay.
         inside: factors inside the quantizers of a float model; None trains a packed one.
-        relative: rates of scales and weights are in units of each matrix's mean |s|, that of norms of each one's mean
-            size, so that one rate suits every layer; else in the numbers' own units, as published.
+        relative: rates of scales are in units of each matrix's mean |s|, those of norms of each one's mean size, so
+            that one rate suits every layer; else in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
         temperature: of the distillation.
         steps: optimizer steps; None has as many as `epochs` passes over the samples take, and

@@ -57,17 +57,9 @@ def _shifted(ratio, rounding_ptr, at, mask, zero):
 
 @triton.jit
 def _forward_kernel(
-    weight_ptr,
-    rounding_ptr,
-    scale_ptr,
-    zero_ptr,
-    out_ptr,
-    groups,
-    TOP: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    weight_ptr, rounding_ptr, scale_ptr, zero_ptr, out_ptr, groups, TOP: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < groups
@@ -83,21 +75,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,
-    weight_ptr,
-    rounding_ptr,
-    scale_ptr,
-    zero_ptr,
-    grad_weight_ptr,
-    grad_rounding_ptr,
-    grad_scale_ptr,
-    grad_zero_ptr,
-    groups,
-    TOP: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    grad_ptr, weight_ptr, rounding_ptr, scale_ptr, zero_ptr, grad_weight_ptr, grad_rounding_ptr, grad_scale_ptr,
+    grad_zero_ptr, groups, TOP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < groups
@@ -133,15 +113,9 @@ def _launch(kernel, like: Tensor, bits: int, *tensors: Tensor | None) -> None:  
     if groups:
         with torch.cuda.device_of(like):
             kernel[(triton.cdiv(groups, rows),)](
-                *tensors,
-                groups,
-                TOP=float(2**bits - 1),
-                GROUP=group,
-                ROWS=rows,
-                CHUNK=chunk,
-                num_warps=4,
+                *tensors, groups, TOP=float(2**bits - 1), GROUP=group, ROWS=rows, CHUNK=chunk, num_warps=4,
                 enable_fp_fusion=False,
-            )
+            )  # fmt: skip
 
 
 def forward(
@@ -162,20 +136,8 @@ def backward(
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
     grad_rounding = None if rounding is None else torch.empty_like(weight, dtype=torch.float32)
     grad_scale, grad_zero = torch.empty_like(scale), torch.empty_like(zero)
-    _launch(
-        _backward_kernel,
-        weight,
-        bits,
-        grad,
-        weight,
-        _contiguous(rounding),
-        scale,
-        zero,
-        grad_weight,
-        grad_rounding,
-        grad_scale,
-        grad_zero,
-    )
+    arguments = grad, weight, _contiguous(rounding), scale, zero, grad_weight, grad_rounding, grad_scale, grad_zero
+    _launch(_backward_kernel, weight, bits, *arguments)
     return (_or_empty(grad_weight, scale), _or_empty(grad_rounding, scale), grad_scale, grad_zero)
 
 

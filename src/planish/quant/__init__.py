@@ -5,7 +5,7 @@ from planish.quant.low_rank import LowRank, LowRankSteps
 from planish.quant.quantizer import Quantizer
 from planish.quant.range import Clip, Given, Grid, Learned, MinMax, Searched, TunedMinMax, Unclipped, grid_of
 from planish.quant.rounding import Nearest, Offset
-from planish.quant.weight import Fixed, Free
+from planish.quant.weight import Fixed, Free, Steps
 
 __all__ = [
     "Clip",
@@ -22,6 +22,7 @@ __all__ = [
     "QLinear",
     "Quantizer",
     "Searched",
+    "Steps",
     "TunedMinMax",
     "Unclipped",
     "as_float",

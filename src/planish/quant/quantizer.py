@@ -16,7 +16,7 @@ from planish.qtensor import QTensor, encode, fake_quantize, from_groups, store_s
 from planish.quant.low_rank import LowRank, LowRankSteps
 from planish.quant.range import Grid, Learned, MinMax
 from planish.quant.rounding import Nearest
-from planish.quant.weight import Fixed
+from planish.quant.weight import Fixed, Steps
 from planish.scheme import Scheme
 
 SLOTS = ("weight", "range", "rounding")
@@ -78,6 +78,10 @@ class Quantizer(nn.Module):
         if isinstance(self.weight, LowRankSteps):
             assert rounding is None
             values = self.weight.latent(weight).rounded(groups, grid, weight.dtype)
+        elif isinstance(self.weight, Steps):
+            one = torch.ones_like(grid.scale)
+            levels = fake_quantize(groups, rounding, one, grid.zero, self.scheme.bits, torch.float32)
+            values = (grid.scale * levels).to(weight.dtype)
         elif grid.offset is not None:
             shifted = groups - grid.offset
             values = fake_quantize(shifted, rounding, grid.scale, grid.zero, self.scheme.bits, torch.float32)
@@ -93,7 +97,8 @@ class Quantizer(nn.Module):
         if isinstance(self.weight, LowRankSteps):
             codes = self.weight.latent(weight).levels(groups, grid) + grid.zero
         else:
-            codes = encode(groups, grid.scale, grid.zero, self.scheme.bits, rounding, grid.offset)
+            step = torch.ones_like(grid.scale) if isinstance(self.weight, Steps) else grid.scale
+            codes = encode(groups, step, grid.zero, self.scheme.bits, rounding, grid.offset)
         zero = None if self.scheme.symmetric else grid.zero.squeeze(-1).to(torch.uint8)
         return QTensor(
             codes=from_groups(codes, self.in_features).to(torch.uint8).contiguous(),
