@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6, help="the first isn't counted")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default=",".join(f"{way}:{adam}" for way, adam in WAYS), help="as lora:adamw,l4q:adamw")
+    every = ",".join(f"{way}:{adam}" for way, adam in WAYS)
+    parser.add_argument("--only", default=every, help="which, as lora:adamw,l4q:adamw")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "ADAM"), help="measure one way in this process")
     args = parser.parse_args()
     if args.one:
