@@ -117,7 +117,8 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         if folder is None:
-            model = planish.quantize(args.model, recipe, scheme, **about, **own)
+            batch = {"batch_size": int(own.pop("batch_size"))} if "batch_size" in own else {}
+            model = planish.quantize(args.model, recipe, scheme, **about, **batch, **own)
         else:
             with tempfile.TemporaryDirectory() as out:
                 planish.finetune(folder, Path(out) / "tuned", recipe, teacher=args.model, keys=own, **about)

@@ -90,6 +90,8 @@ def quantized(setting: str, windows: Tensor, device: str, args: argparse.Namespa
     words, _, layers = setting.partition("@")
     recipe, scheme, *rest = words.split(":")
     keys: dict[str, Any] = dict(pair.split("=") for pair in rest[0].split(",")) if rest else {}
+    if "batch_size" in keys:
+        keys["batch_size"] = int(keys["batch_size"])
     if args.tiny and ("omniquant" in recipe or "signround" in recipe):
         keys["steps"] = 2
     with tempfile.TemporaryDirectory() as folder:
@@ -108,12 +110,12 @@ def quality(part: str, args: argparse.Namespace, device: str, keep: Callable[[di
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train, valid = (read(args.data / name, tokenizer) for name in ("wiki.train.part.raw", "wiki.valid.tokens"))
     texts = {"valid": valid} if args.tiny else {"valid": valid, "test": read(args.data / "wiki.test.raw", tokenizer)}
-    windows, limit = random_windows(train, 4 if args.tiny else SAMPLES), 2 if args.tiny else None
-    seqlen = 64 if args.tiny else SEQLEN
+    windows, limit = random_windows(train, args.samples)[:, : args.seqlen], 2 if args.tiny else None
     for setting in args.settings or SETTINGS[part]:
-        made, row = quantized(setting, windows[:, :seqlen], device, args)
+        made, row = quantized(setting, windows, device, args)
         for name, ids in texts.items():
-            row[f"{name}_perplexity"] = round(planish.perplexity(made, ids, limit=limit, seqlen=seqlen), 3)
+            length = 64 if args.tiny else SEQLEN
+            row[f"{name}_perplexity"] = round(planish.perplexity(made, ids, limit=limit, seqlen=length), 3)
         keep({"setting": setting, **row})
         del made
 
@@ -234,12 +236,16 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the quantized models, a folder each")
     parser.add_argument("--tasks", type=Path, help="folder of the zero-shot tasks")
     parser.add_argument("--questions", type=int, help="of each task, all if not given")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of calibration")
+    parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of one")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     args = parser.parse_args()
-    device = "cpu" if args.tiny else "cuda"
+    device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
+    if args.tiny:
+        args.samples, args.seqlen = 4, 64
     report: dict[str, Any] = {
-        "command": f"python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 --parts {args.parts}"
-        + " --tiny" * args.tiny,
+        "command": f"python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 --parts {args.parts} --samples "
+        f"{args.samples} --seqlen {args.seqlen}" + (f" --settings {' '.join(args.settings)}" if args.settings else ""),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": versions(),
