@@ -119,6 +119,9 @@ def _takes(group_size: int, rank: int) -> bool:
     return COLUMNS % group_size == 0 and rank <= WIDEST
 
 
+low_rank.fused["cuda"] = _takes
+
+
 def _about(base: Tensor, unit: Tensor | None, a: Tensor, b: Tensor, group_size: int) -> tuple[list[Tensor | None], int]:
     """The tensors that W' is made of, as kernels read them; and the groups of a row."""
     groups = triton.cdiv(base.shape[1], group_size)

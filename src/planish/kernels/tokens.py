@@ -73,18 +73,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,
-    x_ptr,
-    out_ptr,
-    tokens,
-    TOP: tl.constexpr,
-    LEVELS: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    grad_ptr, x_ptr, out_ptr, tokens, TOP: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < tokens

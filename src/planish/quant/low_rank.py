@@ -15,8 +15,9 @@ Conversion adds up by the same op, so that what was trained is what is packed. A
 `kernels.merged`. Knows nothing of layers, nor of what trains them.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,15 @@ from planish.quant.range import Grid
 from planish.scheme import Scheme
 
 TILE = 2**24  # weights of a tile: 64 MiB for each fp32 temporary
+LARGER = 4  # times as many where a kernel makes no temporaries: G alone is there, in 16 bits
+
+# device type -> does its kernel of `merged_backward` take this group size and rank without temporaries?
+fused: dict[str, Callable[[int, int], bool]] = {}
 
 
-def tiles(out_features: int, in_features: int) -> Iterator[slice]:
-    """Rows of a weight, a tile at a time."""
-    step = max(1, TILE // in_features)
+def tiles(out_features: int, in_features: int, times: int = 1) -> Iterator[slice]:
+    """Rows of a weight, a tile at a time, or some together."""
+    step = max(1, times * TILE // in_features)
     return (slice(start, start + step) for start in range(0, out_features, step))
 
 
@@ -166,6 +171,11 @@ class Latent:
         values = fake_quantize(groups - grid.offset, None, grid.scale, grid.zero, self.bits, torch.float32)
         return (values + grid.offset).to(dtype)
 
+    def at_once(self, grid: Grid) -> int:
+        """Tiles that the gradient is made of together."""
+        takes, plain = fused.get(self.base.device.type), not self.in_steps and grid.offset is None
+        return LARGER if plain and takes is not None and takes(self.group_size, len(self.a)) else 1
+
     def levels(self, groups: Tensor, grid: Grid) -> Tensor:
         """Q - z of what is in steps: its codes lie around the middle, whatever z they are decoded with."""
         middle = self._unit_grid(grid)
@@ -221,21 +231,23 @@ class LowRankProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         x, a, b, scale, zero, offset, base, unit = ctx.saved_tensors
         grid, latent = Grid(scale, zero, offset), Latent(base=base, unit=unit, a=a, b=b, **ctx.how)
-        flat, inputs = grad.reshape(-1, base.shape[0]), x.reshape(-1, base.shape[1])
-        grad_a, grad_b = torch.zeros_like(a, dtype=torch.float32), torch.empty_like(b, dtype=torch.float32)
-        grads = [None if part is None else torch.empty_like(part) for part in grid]
-        grad_x = None
+        flat, inputs, grad_x = grad.reshape(-1, base.shape[0]), x.reshape(-1, base.shape[1]), None
         with torch.autocast(x.device.type, enabled=False):
-            for rows in tiles(*base.shape):
-                share, grad_b[rows], *of_grid = latent.gradients(flat[:, rows].T @ inputs, rows, _rows(grid, rows))
-                grad_a += share
-                for whole, value in zip(grads, of_grid, strict=True):
-                    if whole is not None and value is not None:
-                        whole[rows] = value
+            parts = [
+                latent.gradients(flat[:, rows].T @ inputs, rows, _rows(grid, rows))
+                for rows in tiles(*base.shape, times=latent.at_once(grid))
+            ]
+            shares, *columns = zip(*parts, strict=True)
+            grad_a, (grad_b, *grads) = functools.reduce(torch.add, shares), map(_joined, columns)
             if ctx.needs_input_grad[0]:
                 grad_x = (flat.to(x.dtype) @ latent.round(grid, x.dtype)).reshape(x.shape)
         grad_bias = flat.sum(0) if ctx.needs_input_grad[6] else None
         return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), *grads, grad_bias, None, None, None
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """A result of tiles below one another as one, if there is any."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def _rows(grid: Grid, rows: slice) -> Grid:
