@@ -31,6 +31,7 @@ from planish.stream import BlockStream
 
 FILLER = 1 << 25  # bytes written besides, since making a few of them last takes as long as many
 SHORT = 20.0  # seconds: a span that takes more isn't asked for many steps
+CERTAIN = 0.5  # seconds that steps must take for a difference to be theirs, not the machine's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +127,23 @@ def pace_of(run: Run, format: Format, entries: int) -> Pace:
         torch.OutOfMemoryError: if the span doesn't fit.
     """
     (stage,) = run.recipe.blocks
+    # what libraries take at their first use, such as workspaces, stays, and is the run's
+    before = torch.cuda.memory_allocated(run.device) if run.device.type == "cuda" else 0
     length = min(stage.fit.span if stage.fit else 1, run.arch.num_blocks)
     if stage.fit is None:
         first, second = (_span(run, format, stage, length) for _ in "ab")
-        return _pace(run, length, second, entries, once=first.total - second.total)
+        return _pace(run, length, second, entries, before, once=first.total - second.total)
     few = 1 if run.device.type == "cpu" else WARM_UP + 2  # as many as a step takes to be captured and replayed
     first = second = _span(run, format, _with_steps(stage, few), length)
     if run.device.type == "cuda":  # the first one compiled
         second = _span(run, format, _with_steps(stage, few), length)
-    more = 1 if second.total > SHORT else 4
-    third = _span(run, format, _with_steps(stage, few + more), length)
-    step = max(0.0, (third.total - third.passing - second.total + second.passing) / more)
-    return _pace(run, length, third, entries, once=first.total - second.total, step=step, steps=few + more)
+    for more in (1,) if second.total > SHORT else (4, 64):
+        third = _span(run, format, _with_steps(stage, few + more), length)
+        longer = third.total - third.passing - second.total + second.passing
+        if longer > CERTAIN:
+            break
+    step = max(0.0, longer / more)
+    return _pace(run, length, third, entries, before, once=first.total - second.total, step=step, steps=few + more)
 
 
 def _with_steps(stage: Stage, steps: int) -> Stage:
@@ -161,7 +167,6 @@ class _Times:
 def _span(run: Run, format: Format, stage: Stage, length: int) -> _Times:
     """One span with as few samples as its batches take."""
     on_gpu = run.device.type == "cuda"
-    before = torch.cuda.memory_allocated(run.device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
     start = now(run.device)
@@ -180,7 +185,7 @@ def _span(run: Run, format: Format, stage: Stage, length: int) -> _Times:
     )
     run_stage(job)
     total = now(run.device) - begun
-    held = torch.cuda.max_memory_allocated(run.device) - before if on_gpu else 0
+    held = torch.cuda.max_memory_allocated(run.device) if on_gpu else 0
     if stream is not None and stream.storage == "device":
         held -= stream.fp.nbytes + stream.quant.nbytes
     return _Times(
@@ -246,7 +251,7 @@ def _beginning(source: Source) -> float:
 
 
 def _pace(
-    run: Run, length: int, times: _Times, entries: int, *, once: float, step: float = 0.0, steps: int = 0
+    run: Run, length: int, times: _Times, entries: int, before: int, *, once: float, step: float = 0.0, steps: int = 0
 ) -> Pace:
     samples = max(1, times.samples)
     writing, opening = _disk(times.tensors, run.stream_folder, entries)
@@ -260,6 +265,6 @@ def _pace(
         writing=writing,
         opening=opening,
         beginning=_beginning(run.source),
-        held=times.held,
+        held=max(0, times.held - before),
         blocks=length,
     )

@@ -235,7 +235,7 @@ class LowRankProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             parts = [
                 latent.gradients(flat[:, rows].T @ inputs, rows, _rows(grid, rows))
-                for rows in tiles(*base.shape, times=latent.at_once(grid))
+                for rows in tiles(len(base), base.shape[1], latent.at_once(grid))
             ]
             shares, *columns = zip(*parts, strict=True)
             grad_a, (grad_b, *grads) = functools.reduce(torch.add, shares), map(_joined, columns)
