@@ -123,8 +123,10 @@ class QuantizedFolder:
     def each(
         self, work: Callable[[str, Stream], Result], device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Result]]:
-        """(name, work(name, Stream on a device)) of each quantized layer, in order; two are worked on at a time."""
-        return _ahead(lambda name: (name, work(name, self.stream(name, device))), self.schemes)
+        """(name, work(name, Stream on a device)) of each quantized layer, in order; two are worked on at a time, for a
+        GPU four, since they wait for pages and copies."""
+        threads = 2 if torch.device(device).type == "cpu" else 4
+        return _ahead(lambda name: (name, work(name, self.stream(name, device))), self.schemes, threads)
 
     def stream(self, name: str, device: torch.device | str = "cpu") -> Stream:
         """One quantized layer."""
@@ -143,13 +145,13 @@ class QuantizedFolder:
         return of_layer
 
 
-def _ahead(work: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
-    """work(name) for each name, in order, by two threads that are at most three results ahead."""
+def _ahead(work: Callable[[str], Result], names: Iterable[str], threads: int) -> Iterator[Result]:
+    """work(name) for each name, in order, by some threads that are at most one result more than they are ahead."""
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for name in names:
             pending.append(pool.submit(work, name))
-            if len(pending) > 3:
+            if len(pending) > threads + 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
