@@ -46,17 +46,9 @@ def _grid_of(low, high, TOP: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.co
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    out_ptr,
-    tokens,
-    TOP: tl.constexpr,
-    LEVELS: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    x_ptr, out_ptr, tokens, TOP: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     live = first + row < tokens
@@ -127,18 +119,10 @@ def _launch(kernel, bits: int, symmetric: bool, *tensors: Tensor) -> None:  # ty
     if tokens:
         with torch.cuda.device_of(tensors[0]):
             kernel[(triton.cdiv(tokens, rows),)](
-                *tensors,
-                tokens,
-                TOP=float(2**bits - 1),
-                LEVELS=float(2 ** (bits - 1) - 1 if symmetric else 2**bits - 1),
-                SMALLEST=SMALLEST,
-                SYMMETRIC=symmetric,
-                WIDTH=width,
-                ROWS=rows,
-                CHUNK=chunk,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+                *tensors, tokens, TOP=float(2**bits - 1),
+                LEVELS=float(2 ** (bits - 1) - 1 if symmetric else 2**bits - 1), SMALLEST=SMALLEST,
+                SYMMETRIC=symmetric, WIDTH=width, ROWS=rows, CHUNK=chunk, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def forward(x: Tensor, bits: int, symmetric: bool) -> Tensor:
