@@ -224,12 +224,12 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     busy, blocks take slices of the inputs, and their sums are added by a second kernel.
     """
     columns = next(columns for columns in DEFAULTS if rows <= columns)
-    each = 512 * rows + 4 * layout.groups * columns  # bytes of x and its sums, for a record's inputs
+    each = _each(layout, rows, columns)
     overlap = settings.overlap and card.capability >= (9, 0)
     settings = settings._replace(overlap=overlap, apart=settings.apart and columns > 1)
     while True:
         warps, teams, stages, blocks, tall, *_ = settings
-        fixed = warps * (tall * stages * sum(layout.sizes) + 32 * columns * (4 * tall + 1)) + 64 * rows + 64
+        fixed = warps * (tall * stages * sum(layout.sizes) + 32 * columns * (4 * tall + 1)) + 64 * columns + 64
         room = card.shared // blocks - RESERVED - fixed
         if room >= each * min(layout.steps, warps // teams):
             break
@@ -243,7 +243,15 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     across = min(groups, max(1, parallel // slices))
     # a cluster of two always finds two processors side by side, larger ones leave some idle
     cluster = slices == 2 and card.capability == (9, 0)
-    return Launch(settings, columns, cluster, width, (across, slices), fixed + each * width)
+    # fewer rows take no less than settings were measured with, or more blocks than it says would share a processor,
+    # and others have none
+    shared = min(fixed + _each(layout, columns, columns) * width, card.shared // blocks - RESERVED)
+    return Launch(settings, columns, cluster, width, (across, slices), shared)
+
+
+def _each(layout: Layout, rows: int, columns: int) -> int:
+    """Bytes of x and its sums, for a record's inputs."""
+    return 512 * rows + 4 * layout.groups * columns
 
 
 def _smaller(settings: Settings) -> Settings:
