@@ -110,7 +110,7 @@ def quality(part: str, args: argparse.Namespace, device: str, keep: Callable[[di
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train, valid = (read(args.data / name, tokenizer) for name in ("wiki.train.part.raw", "wiki.valid.tokens"))
     texts = {"valid": valid} if args.tiny else {"valid": valid, "test": read(args.data / "wiki.test.raw", tokenizer)}
-    windows, limit = random_windows(train, args.samples)[:, : args.seqlen], 2 if args.tiny else None
+    windows, limit = random_windows(train, args.samples)[:, : args.seqlen], 2 if args.tiny else args.limit
     for setting in args.settings or SETTINGS[part]:
         made, row = quantized(setting, windows, device, args)
         for name, ids in texts.items():
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="of each task, all if not given")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of calibration")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of one")
+    parser.add_argument("--limit", type=int, help="windows of the perplexity, all if not given")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
@@ -245,7 +246,9 @@ def main() -> None:
         args.samples, args.seqlen = 4, 64
     report: dict[str, Any] = {
         "command": f"python benchmarks/omniquant.py OUT.json MODEL WIKITEXT2 --parts {args.parts} --samples "
-        f"{args.samples} --seqlen {args.seqlen}" + (f" --settings {' '.join(args.settings)}" if args.settings else ""),
+        f"{args.samples} --seqlen {args.seqlen}"
+        + f" --limit {args.limit}" * bool(args.limit)
+        + (f" --settings {' '.join(args.settings)}" if args.settings else ""),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": versions(),
