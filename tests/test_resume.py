@@ -120,7 +120,9 @@ PLANISH: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [{}, {"format": "auto_round", "scheme": "w2g32"}, {"e2e_zero_rate": 1e-2}])
+@pytest.mark.parametrize(
+    "how", [{}, {"format": "auto_round", "scheme": "w2g32"}, {"e2e_zero_rate": 1e-2}, {"e2e_weight_rate": 2e-2}]
+)
 def test_a_whole_model_stage_goes_on_from_its_last_checkpoint(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
