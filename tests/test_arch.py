@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from planish.arch import block_linears, discover, linears
+from planish.arch import discover, linears
 from planish.errors import PlanishError
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -35,14 +35,6 @@ def test_linears_are_those_of_the_blocks_in_order() -> None:
            "mlp.down_proj": (32, 48)}
     expected = [(f"model.layers.{i}.{name}", shape) for i in range(3) for name, shape in one.items()]
     assert list(found.items()) == expected
-
-
-def test_block_linears_are_the_modules_themselves() -> None:
-    model = _on_meta(transformers.LlamaConfig(**TINY))
-    found = block_linears(discover(model), model, 1)
-    every = linears(discover(model), model)
-    assert list(found) == [name for name in every if name.startswith("model.layers.1.")]
-    assert found["model.layers.1.mlp.up_proj"] is model.model.layers[1].mlp.up_proj
 
 
 def test_opt_has_its_blocks_elsewhere() -> None:
@@ -99,7 +91,9 @@ def test_packed_layers_stand_for_linears() -> None:
 
     model = _on_meta(transformers.LlamaConfig(**TINY))
     expected = discover(model)
-    for name, layer in [item for i in range(3) for item in block_linears(expected, model, i).items()]:
+    for name in linears(expected, model):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
         model.set_submodule(name, Packed(layer))
     assert discover(model, packed=Packed) == expected and linears(expected, model) == {}
     with pytest.raises(PlanishError, match="no recognisable blocks"):

@@ -92,20 +92,13 @@ def discover(model: "PreTrainedModel", packed: Classes = ()) -> Arch:
 def linears(arch: Arch, model: nn.Module) -> dict[str, tuple[int, int]]:
     """Full name -> (out_features, in_features) of every nn.Linear of the blocks, in the model's order, but for the
     gates of experts, which stay as they are."""
-    return {name: (layer.out_features, layer.in_features) for name, layer in _linears(model, arch.blocks)}
-
-
-def block_linears(arch: Arch, model: nn.Module, index: int) -> dict[str, nn.Linear]:
-    """Full name -> nn.Linear of one block, in the model's order."""
-    return dict(_linears(model, arch.block(index)))
-
-
-def _linears(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
-    part = model.get_submodule(prefix)
-    kept = {f"{prefix}.{name}" for name in gates(part)}
-    for name, module in part.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear) and name not in kept:
-            yield name, module
+    part = model.get_submodule(arch.blocks)
+    kept = {f"{arch.blocks}.{name}" for name in gates(part)}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in part.named_modules(prefix=arch.blocks)
+        if isinstance(module, nn.Linear) and name not in kept
+    }
 
 
 def _is_stack(module: nn.Module, packed: Classes) -> bool:

@@ -243,8 +243,8 @@ def plan(layout: Layout, rows: int, card: Card, settings: Settings) -> Launch:
     across = min(groups, max(1, parallel // slices))
     # a cluster of two always finds two processors side by side, larger ones leave some idle
     cluster = slices == 2 and card.capability == (9, 0)
-    # fewer rows take no less than settings were measured with, or more blocks than it says would share a processor,
-    # and others have none
+    # as much as with all rows, for which settings were measured: else more blocks than they say would share a
+    # processor while others have none
     shared = min(fixed + _each(layout, columns, columns) * width, card.shared // blocks - RESERVED)
     return Launch(settings, columns, cluster, width, (across, slices), shared)
 
