@@ -1,6 +1,7 @@
 """Low rank inside the quantizer: gradients are the equations', what is multiplied by is what is packed."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,30 @@ def test_gradients_are_those_of_the_equation(
     levels = quantizer.quantize(layer.weight).codes
     if shrink < 1:
         assert ((levels == 0) | (levels == 2**quantizer.scheme.bits - 1)).float().mean() > 0.1, "many are clamped"
+
+
+def test_tiles_are_larger_where_a_kernel_makes_no_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "TILE", 2 * IN)
+    seen: list[int] = []
+    real = low_rank.Latent.gradients
+
+    def watched(self: Any, grad: Tensor, *rest: Any) -> Any:
+        seen.append(len(grad))
+        return real(self, grad, *rest)
+
+    monkeypatch.setattr(low_rank.Latent, "gradients", watched)
+    layer = made(Scheme.parse("w4g32"))
+    assert layer.quantizer is not None
+    found: list[Tensor] = []
+    for rows, takes in [(2, lambda group, rank: rank > 99), (2 * low_rank.LARGER, lambda group, rank: group == 32)]:
+        monkeypatch.setitem(low_rank.fused, "cpu", takes)
+        seen.clear()
+        layer.zero_grad()
+        layer(torch.ones(3, IN)).sum().backward()
+        assert seen[0] == rows and sum(seen) == OUT
+        found.append(torch.cat([layer.quantizer.weight.a.grad.flatten(), layer.quantizer.weight.b.grad.flatten()]))
+    assert found[0].any()
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
