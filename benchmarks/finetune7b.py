@@ -4,10 +4,12 @@
     python benchmarks/finetune7b.py --tiny                           a few seconds on a CPU, to see that it runs
 
 Random weights, batch 1 of 2048 random tokens, w4g128, rank 4 (L4Q's), blocks recomputed in the backward pass, the
-head's loss some tokens at a time for all. Ways: `l4q`, `l4q int8`, `ste` (the same quantizer by plain autograd, which
-keeps what it makes of each weight until a block's backward is done) and `lora` (unmerged, in 16 bits). AdamW in fp32,
-or moments in 8 bits. The grid starts unclipped, which takes no search. A whole model is measured, nothing is
-projected; `--blocks` cuts it, and is then said. Peak is what torch held at most, seconds the median of the steps.
+head's loss some tokens at a time for all; forward and backward pass are one CUDA graph, as in Planish's trainer
+(`--eager` launches them from Python, for which a slow host takes longer than the GPU). Ways: `l4q`, `l4q int8`, `ste`
+(the same quantizer by plain autograd, which keeps what it makes of each weight until a block's backward is done) and
+`lora` (unmerged, in 16 bits). AdamW in fp32, or moments in 8 bits. The grid starts unclipped, which takes no search. A
+whole model is measured, nothing is projected; `--blocks` cuts it, and is then said. Peak is what torch held at most,
+seconds the median of the steps.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import planish
 from planish.arch import discover
 from planish.fit.adam8 import Adam8
+from planish.fit.graphed import Graphed
 from planish.fit.objective import Objective, shifted
 from planish.qtensor import fake_quantize, from_groups, to_groups
 from planish.quant import QLinear
@@ -94,7 +97,7 @@ def model_of(way: str, blocks: int, tiny: bool, device: torch.device) -> LlamaFo
         planish.prepare(model, "l4q", SCHEME, rank=RANK, base=base, search=False)
     if way == "ste":
         replaced(model, QLinear, Straight)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing is dropped
     return model.train()
 
 
@@ -108,16 +111,22 @@ def measure(way: str, adam: str, args: argparse.Namespace) -> dict[str, object]:
     classes = (QLinear, Lora, Straight)
     objective = Objective(model, discover(model, classes))
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    make = functools.partial(Adam8, seed=0) if adam == "adam8" else torch.optim.AdamW
+    plain = functools.partial(torch.optim.AdamW, fused=device.type == "cuda")
+    make = functools.partial(Adam8, seed=0) if adam == "adam8" else plain
     optimizer = make([{"params": trained if adam == "adam8" else [value for _, value in trained], "lr": 1e-5}])  # type: ignore[operator]
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    graphed = Graphed(objective) if device.type == "cuda" and not args.eager else None
     seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
-        loss = objective(ids, shifted(ids))["loss"]
-        loss.backward()
+        batch = {"input_ids": ids, "labels": shifted(ids)}
+        if graphed:
+            loss = graphed(batch)
+        else:
+            loss = objective(**batch)["loss"]
+            loss.backward()
         if adam == "adam8":
             for _, value in trained:
                 optimizer.step_one(value)
@@ -131,7 +140,8 @@ def measure(way: str, adam: str, args: argparse.Namespace) -> dict[str, object]:
     return {
         "way": way, "adam": adam, "blocks": blocks, "trained": sum(value.numel() for _, value in trained),
         "gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-        "seconds": statistics.median(seconds[1:]), "ready": ready, "loss": loss.item(),
+        "captured": bool(graphed and graphed.graph),
+        "seconds": statistics.median(seconds[2:]), "ready": ready, "loss": loss.item(),
     }  # fmt: skip
 
 
@@ -139,7 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6, help="the first isn't counted")
+    parser.add_argument("--steps", type=int, default=6, help="the first two aren't counted")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path)
     every = ",".join(f"{way}:{adam}" for way, adam in WAYS)
     parser.add_argument("--only", default=every, help="which, as lora:adamw,l4q:adamw")
@@ -150,7 +161,8 @@ def main() -> None:
         return
     rows = []
     for way, adam in (pair.split(":") for pair in args.only.split(",")):
-        given = ["--blocks", str(args.blocks), "--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
+        given = ["--blocks", str(args.blocks), "--steps", str(args.steps)]
+        given += ["--tiny"] * args.tiny + ["--eager"] * args.eager
         command = [sys.executable, __file__, "--one", way, adam, *given]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -32,6 +32,7 @@ from planish.fit.lean_loop import finetune_lean
 from planish.fit.norms import norms_of
 from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
+from planish.fit.repeat import repeatable
 from planish.fit.teacher import last_hidden
 from planish.fit.watch import Setting, Slots, Windows, was_lean
 from planish.fit.whole import EndToEnd, Inside
@@ -159,9 +160,10 @@ def tune(
     )
     windows = Windows(ids, labels, None if teacher is None else teacher.hidden)
     try:
-        if setting.lean:
-            return finetune_lean(objective, parameters, windows, stage, setting)
-        return _by_trainer(objective, parameters, windows, stage, setting)
+        with repeatable(model, setting.device):
+            if setting.lean:
+                return finetune_lean(objective, parameters, windows, stage, setting)
+            return _by_trainer(objective, parameters, windows, stage, setting)
     except torch.OutOfMemoryError:
         raise PlanishError(
             f"{stage.name} doesn't fit the GPU even one block at a time; use shorter samples (--seqlen)"

@@ -307,6 +307,8 @@ def test_a_thread_of_its_own_may_decode():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch.compile's advice
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # and what it imports
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # and how it begins
 def test_torch_compile_makes_cuda_graphs_of_it():
     q, weight = make((1024, 2048), 2, 64, False)
     moved = Packed.from_qtensor(q.to("cuda"))

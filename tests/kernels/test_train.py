@@ -23,6 +23,8 @@ if importlib.util.find_spec("triton"):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# the first backward pass of a process multiplies in a thread that has no context yet
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 needs_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_triton = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or Triton's interpreter"

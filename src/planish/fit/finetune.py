@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
     PreTrainedModel,
@@ -23,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from planish.experts import has_experts
+from planish.fit.graphed import Graphed
 from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome, Samples
 from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
@@ -67,7 +69,7 @@ def finetune(
     steps = stage.steps_on(len(samples.rest))
     watch = Watch(objective, windows, samples.held_out, stage, setting, steps, micro)
     last = watch.last_checkpoint()
-    trainer = Trainer(
+    trainer = Stepper(
         model=objective,
         args=_arguments(stage, setting, steps, micro, batch // micro),
         train_dataset=Ordered(windows, samples, steps),
@@ -75,11 +77,29 @@ def finetune(
         callbacks=[Guard(watch, last)],
     )
     trainer.remove_callback(PrinterCallback)
+    steady = setting.device.type == "cuda" and not has_experts(objective)  # every step launches the same work
+    trainer.graphed = Graphed(objective) if steady else None
     with _checkpointing(objective.model, setting.checkpointing):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.graphed = None  # and the memory of a step with it
     objective.eval()
     watch.restore()
     return watch.outcome
+
+
+class Stepper(Trainer):
+    """Takes the gradients of a step from a CUDA graph, where there is one."""
+
+    graphed: Graphed | None = None
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        batch = self._prepare_inputs(inputs)
+        count = torch.as_tensor(num_items_in_batch, device=batch["labels"].device)
+        return self.graphed({**batch, "num_items_in_batch": count})
 
 
 class Guard(TrainerCallback):
@@ -177,9 +197,18 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     # transformers 5.23 has a new name for it; the old one warns there
     kinds = [name for name in ("activation", "gradient") if hasattr(model, f"{name}_checkpointing_enable")]
     if wanted:
-        getattr(model, f"{kinds[0]}_checkpointing_enable")()
+        # the state of random numbers can't be read while a step is captured, and serves dropout alone
+        how = {"use_reentrant": False, "preserve_rng_state": drops(model)}
+        getattr(model, f"{kinds[0]}_checkpointing_enable")(how)
     try:
         yield
     finally:
         if wanted:
             getattr(model, f"{kinds[0]}_checkpointing_disable")()
+
+
+def drops(model: nn.Module) -> bool:
+    """Does a model in training leave out some of its values at random?"""
+    shares = (value for part in model.modules() for name, value in vars(part).items() if "dropout" in name)
+    layers = (part.p for part in model.modules() if isinstance(part, nn.Dropout))
+    return any(isinstance(share, float) and share > 0 for share in (*shares, *layers))

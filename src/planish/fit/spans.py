@@ -20,6 +20,7 @@ from planish.errors import PlanishError
 from planish.experts import has_experts
 from planish.fit.norms import free, norms_of, settle
 from planish.fit.reconstruct import NORM, TRANSFORM, Outcome, Reconstruct, reconstruct
+from planish.fit.repeat import repeatable
 from planish.fit.seen import Extent, Routed, Seen, input_moments
 from planish.fit.step import WARM_UP
 from planish.fit.turned import Inputs, asked, choose
@@ -200,7 +201,8 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
     smoothed = _smooth(job, span, edges, seen, turned)
     layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
-    with rounded_heads(span.values(), job.schemes):
+    whole = nn.ModuleList(span.values())
+    with rounded_heads(whole, job.schemes), repeatable(whole, job.device):
         outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
     for name, value in {**settle(norms), **_fold(smoothed, linears)}.items():
         assert job.keep is not None, "norms are trained and nobody takes them"

@@ -78,7 +78,7 @@ class Step:
 
     def _on_side_stream(self) -> None:
         # a capture must not meet work of its own first allocations: warm up where it will be captured
-        side = _side_stream(self.inputs.device)
+        side = side_stream(self.inputs.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._once()
@@ -105,6 +105,6 @@ class Step:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all steps: each stream on which a matrix was ever multiplied keeps 64 MiB for cuBLAS."""
     return torch.cuda.Stream(device)
