@@ -8,7 +8,9 @@ Host memory is what the system can't take back: pages of mapped files (libraries
 activations on disk) don't count. Knows nothing of time, and of no better request.
 """
 
+import ctypes
 import dataclasses
+import gc
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -362,7 +364,11 @@ def _problem(case: Case, needs: Needs, gpu: int) -> str:
 
 
 def private_memory() -> int:
-    """Bytes of this process's memory that no file backs; all that is resident, where the system doesn't tell."""
+    """Bytes of this process's memory that no file backs; all that is resident, where the system doesn't tell. What was
+    freed and kept for later by glibc isn't counted: it is given back first."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

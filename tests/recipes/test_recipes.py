@@ -1,5 +1,6 @@
 """Recipes by name, preset and key: what is typed is read as its type, what is mistyped gets the nearest."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,12 @@ def test_efficientqat_is_block_ap_and_then_e2e_qp(preset: str) -> None:
 
 def test_planish_is_made_of_the_others() -> None:
     (blocks,), whole = build("planish").blocks, build("planish").whole
-    assert blocks.fit == build("block_ap").blocks[0].fit and blocks.importance and blocks.products
+    assert blocks.fit == dataclasses.replace(fit_of(build("block_ap")), passed=1536)
+    assert blocks.importance and blocks.products
     assert whole is not None and (whole.distill, whole.optional) == (1.0, True)
+    # three and eight times through 512 windows; more often through fewer, though not without end
+    steps = [(fit_of(build("planish")).steps_on(count), whole.steps_on(count)) for count in (64, 512, 4096)]
+    assert steps == [(128, 64), (384, 512), (2048, 512)]
     assert whole.rates == {"scale": 2e-3, "norm": 1e-3}
     rounding = build("planish", None, {"fit": "rounding", "steps": 30}).blocks[0]
     assert rounding.fit == fit_of(build("signround", None, {"steps": 30})) and rounding.rounding is Offset
@@ -103,7 +108,7 @@ def test_planish_is_made_of_the_others() -> None:
     more = {"e2e_norm_rate": "1e-3", "e2e_weight_rate": "5e-3", "e2e_zero_rate": "0.01", "distill": "0.9"}
     last = build("planish", "best", more).whole
     assert last is not None and last.rates == {"scale": 2e-3, "zero": 0.01, "norm": 1e-3, "weight": 5e-3}
-    assert (last.distill, last.epochs, split_preset("planish", "best")[1]) == (0.9, 8, {"samples": 512})
+    assert (last.distill, last.epochs, split_preset("planish", "best")[1]) == (0.9, 16, {"samples": 512})
 
 
 def test_omniquant_clips_and_scales_where_activations_are_rounded() -> None:

@@ -65,7 +65,7 @@ class Reconstruct:
 
     Args:
         steps: optimizer steps a span; None has as many as `epochs` passes over the samples take, and
-        epochs: None has the more of them, the fewer samples there are.
+        epochs: None has as many as pass over `passed` windows, so the more of them, the fewer samples there are.
         batch_size: samples a step.
         rates: slot (or "range.zero", one parameter of it, or "norm", the norms of the blocks, or "transform") ->
             learning rate at step 0, None for one by the number of steps. What isn't named stays as it is.
@@ -93,6 +93,7 @@ class Reconstruct:
     checks: int = 8
     span: int = 1
     compile: bool | None = None
+    passed: int = PASSED
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -116,7 +117,7 @@ class Reconstruct:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        return steps_for(samples, self.batch_size, self.epochs, passed=PASSED, fewest=FEWEST)
+        return steps_for(samples, self.batch_size, self.epochs, passed=self.passed, fewest=FEWEST)
 
     def rates_in(self, steps: int) -> dict[str, float]:
         """The rate of each slot in a fit of so many steps."""

@@ -86,7 +86,7 @@ class EndToEnd:
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
         temperature: of the distillation.
         steps: optimizer steps; None has as many as `epochs` passes over the samples take, and
-        epochs: None has the more of them, the fewer samples there are.
+        epochs: None has as many as pass over `passed` windows, so the more of them, the fewer samples there are.
         batch_size: samples a step.
         warmup: share of the steps in which the rate rises. Then it falls as half a cosine to 0.
         clip: largest norm of all gradients together.
@@ -113,6 +113,7 @@ class EndToEnd:
     holdout: int = 8
     checks: int = 8
     optional: bool = False
+    passed: int = PASSED
 
     def __post_init__(self) -> None:
         for slot, rate in self.rates.items():
@@ -138,4 +139,4 @@ class EndToEnd:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:
             return self.steps
-        return steps_for(samples, self.batch_size, self.epochs, passed=PASSED, fewest=FEWEST)
+        return steps_for(samples, self.batch_size, self.epochs, passed=self.passed, fewest=FEWEST)

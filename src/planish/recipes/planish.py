@@ -20,11 +20,13 @@ from planish.recipes.rtn import rtn
 from planish.recipes.signround import signround
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"samples": 256},
+    "default": {"samples": 512},
     "fast": {"fit": "none", "end_to_end": False, "samples": 16, "seqlen": 512},
     "light": {"fit": "rounding", "end_to_end": False},
-    "best": {"epochs": 8.0, "e2e_epochs": 8.0, "samples": 512},
+    "best": {"epochs": 8.0, "e2e_epochs": 16.0, "samples": 512},
 }
+# windows that are passed over where epochs aren't given: a step of the last stage gains more than one of the blocks'
+BLOCKS, WHOLE = 1536, 4096
 FITS = ("weights", "rounding", "none")
 
 
@@ -78,7 +80,8 @@ def planish(
         epochs=e2e_epochs, batch_size=e2e_batch_size,
     ).whole  # fmt: skip
     assert last is not None
-    return Recipe(name="planish", stages=(blocks, dataclasses.replace(last, name="end_to_end", optional=True)))
+    last = dataclasses.replace(last, name="end_to_end", optional=True, passed=WHOLE)
+    return Recipe(name="planish", stages=(blocks, last))
 
 
 def _blocks(
@@ -99,6 +102,9 @@ def _blocks(
     shared: dict[str, Any] = {"rate": rate, "trim": trim, "span": span}
     if fit == "weights":
         made = block_ap(steps=steps, epochs=epochs, norm_rate=norm_rate, batch_size=batch_size or 4, **shared)
+        (stage,) = made.blocks
+        assert stage.fit is not None
+        return dataclasses.replace(stage, name="planish", fit=dataclasses.replace(stage.fit, passed=BLOCKS))
     elif fit == "rounding":
         made = signround(steps=200 if steps is None else steps, batch_size=batch_size or 8, **shared)
     else:
