@@ -98,7 +98,8 @@ def test_planish_is_made_of_the_others() -> None:
     assert blocks.importance and blocks.products
     assert whole is not None and (whole.distill, whole.optional) == (1.0, True)
     # three and eight times through 512 windows; more often through fewer, though not without end
-    steps = [(fit_of(build("planish")).steps_on(count), whole.steps_on(count)) for count in (64, 512, 4096)]
+    assert blocks.fit is not None
+    steps = [(blocks.fit.steps_on(count), whole.steps_on(count)) for count in (64, 512, 4096)]
     assert steps == [(128, 64), (384, 512), (2048, 512)]
     assert whole.rates == {"scale": 2e-3, "norm": 1e-3}
     rounding = build("planish", None, {"fit": "rounding", "steps": 30}).blocks[0]
