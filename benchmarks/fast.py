@@ -1,0 +1,103 @@
+"""The preset `fast` beside other toolkits that don't train either: seconds and perplexity of rounding alone.
+
+    python benchmarks/fast.py OUT.json MODEL WIKITEXT2 [--schemes w4g128,w3g128,w2g64] [--peers hqq,auto-round]
+        [--device cuda] [--limit WINDOWS]
+
+Peers: HQQ's optimised rounding (no data), and AutoRound with no iterations, its "opt-RTN", symmetric as ours, given 64
+windows of 512 tokens of WIKITEXT2's wiki.train.part.raw. `fast` takes 16 windows of 512 of the text that Python
+carries. Perplexity is that of wiki.test.raw, windows of 2048, the first --limit of them if given. Seconds are from the
+model's folder to the quantized model in memory, imports aside. Peers are imported only if asked for; rows are written
+as they come.
+"""
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import windows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import planish
+from planish.data import join_rows
+from planish.log import versions
+from planish.scheme import Scheme
+
+
+def ours(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
+    return planish.quantize(args.model, "planish", str(scheme), preset="fast", device=args.device)
+
+
+def hqq(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
+    from hqq.core.quantize import Quantizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
+    for linear in (part for part in model.model.layers.modules() if isinstance(part, torch.nn.Linear)):
+        found = Quantizer.quantize(
+            linear.weight.data.float(), nbits=scheme.bits, channel_wise=True, group_size=scheme.group_size, axis=1,
+            optimize=True, round_zero=scheme.bits == 4, bitpack=False, compute_dtype=torch.float32, device=args.device,
+        )  # fmt: skip
+        linear.weight.data.copy_(Quantizer.dequantize(*found).reshape(linear.weight.shape))
+    return model
+
+
+def auto_round(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
+    import auto_round.calib_dataset as calibration
+    from auto_round import AutoRound
+    from auto_round.schemes import QuantizationScheme
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = join_rows((args.data / "wiki.train.part.raw").read_text(encoding="utf-8"))
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    parts = windows([ids], 64, 512, 0).split(8)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+    calibration.get_dataloader = lambda *given, **more: batches
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    how = QuantizationScheme(bits=scheme.bits, group_size=scheme.group_size, sym=True, data_type="int", act_bits=16)
+    made, _ = AutoRound(
+        model, tokenizer, scheme=how, iters=0, nsamples=64, seqlen=512, batch_size=8, dataset="given",
+        device_map=args.device,
+    ).quantize()  # fmt: skip
+    return made.to(args.device)
+
+
+PEERS = {"planish": ours, "hqq": hqq, "auto-round": auto_round}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--schemes", default="w4g128,w3g128,w2g64")
+    parser.add_argument("--peers", default="", help=f"besides planish, of {', '.join(PEERS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=int)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = join_rows((args.data / "wiki.test.raw").read_text(encoding="utf-8"))
+    test = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    report: dict[str, Any] = {
+        "command": f"python benchmarks/fast.py OUT.json MODEL WIKITEXT2 --schemes {args.schemes} --peers {args.peers}"
+        + (f" --limit {args.limit}" if args.limit else ""),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "versions": versions(),
+        "rows": [],
+    }
+    for scheme in map(Scheme.parse, args.schemes.split(",")):
+        for name in ["planish", *filter(None, args.peers.split(","))]:
+            start = time.perf_counter()
+            model = PEERS[name](args, scheme)
+            row: dict[str, Any] = {"who": name, "scheme": str(scheme), "seconds": round(time.perf_counter() - start, 1)}
+            row["test"] = round(planish.perplexity(model.eval(), test, seqlen=2048, limit=args.limit), 3)
+            report["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
