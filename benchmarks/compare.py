@@ -65,6 +65,11 @@ def mixture(root: Path) -> Iterator[str]:
         yield "\n\n".join(pieces)[:LONGEST]
 
 
+def tokens_of(tokenizer: Any, text: str) -> Tensor:
+    """int64 [tokens], all at once and without special ones."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def windows(texts: list[Tensor], samples: int, seqlen: int, seed: int) -> Tensor:
     """Windows at random starts, as the GPTQ loader takes them, of the texts in turn."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,17 +171,14 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
-    def read(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
     def file(name: str) -> str:
         return (args.data / name).read_text(encoding="utf-8")
 
-    texts: dict[str, Any] = {"valid": read(detokenised(join_rows(file("wiki.valid.tokens"))))}
+    texts: dict[str, Any] = {"valid": tokens_of(tokenizer, detokenised(join_rows(file("wiki.valid.tokens"))))}
     if args.texts == "test":
-        texts["test"] = read(join_rows(file("wiki.test.raw")))
+        texts["test"] = tokens_of(tokenizer, join_rows(file("wiki.test.raw")))
     train = mixture(args.data.parent) if args.calibration == "mix" else [join_rows(file("wiki.train.part.raw"))]
-    texts["calibration"] = [read(text) for text in train]
+    texts["calibration"] = [tokens_of(tokenizer, text) for text in train]
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
     for setting in parse(args.recipes, args.schemes):
         for seed in range(1 if setting[0] == "16-bit" else args.seeds):

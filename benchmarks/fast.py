@@ -14,11 +14,12 @@ import argparse
 import datetime
 import json
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare import windows
+from compare import tokens_of, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import planish
@@ -51,8 +52,7 @@ def auto_round(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = join_rows((args.data / "wiki.train.part.raw").read_text(encoding="utf-8"))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    parts = windows([ids], 64, 512, 0).split(8)
+    parts = windows([tokens_of(tokenizer, text)], 64, 512, 0).split(8)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
     calibration.get_dataloader = lambda *given, **more: batches
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
@@ -77,19 +77,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
+    peers = args.peers.split(",") if args.peers else []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = join_rows((args.data / "wiki.test.raw").read_text(encoding="utf-8"))
-    test = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    test = tokens_of(tokenizer, text)
     report: dict[str, Any] = {
         "command": f"python benchmarks/fast.py OUT.json MODEL WIKITEXT2 --schemes {args.schemes} --peers {args.peers}"
         + (f" --limit {args.limit}" if args.limit else ""),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "versions": versions(),
+        "versions": versions() | {name: metadata.version(name) for name in peers},
         "rows": [],
     }
     for scheme in map(Scheme.parse, args.schemes.split(",")):
-        for name in ["planish", *filter(None, args.peers.split(","))]:
+        for name in ["planish", *peers]:
             start = time.perf_counter()
             model = PEERS[name](args, scheme)
             row: dict[str, Any] = {"who": name, "scheme": str(scheme), "seconds": round(time.perf_counter() - start, 1)}

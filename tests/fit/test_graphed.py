@@ -83,11 +83,9 @@ def test_what_looks_at_values_goes_on_without() -> None:
                 loss = step({"x": x})
         else:
             loss = step({"x": x})
-        assert step.graph is None
-        assert objective.weight.grad is not None
-        assert torch.equal(objective.weight.grad, x * (2 if call > 1 else 1)) and torch.equal(
-            loss, (x * (2 if call > 1 else 1)).sum()
-        )
+        assert step.graph is None and objective.weight.grad is not None
+        expected = x * (2 if call > 1 else 1)
+        assert torch.equal(objective.weight.grad, expected) and torch.equal(loss, expected.sum())
     torch.rand(3, device="cuda")  # random numbers come as before
 
 

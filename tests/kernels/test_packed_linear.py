@@ -285,7 +285,7 @@ def test_moves_to_a_gpu_and_back(layer):
     moved = copy.deepcopy(layer).to("cuda")
     weight, bias = q.to("cuda").dequantize(torch.float32).double(), moved.bias.double()
     size = x.double().abs() @ weight.abs().T + bias.abs()
-    # a kernel need not round the weight before it multiplies, nor does it round its sum but once
+    # unlike the reference, a kernel doesn't round the weight before it multiplies
     assert ((moved(x).double() - functional.linear(x.double(), weight, bias)).abs() <= 2**-8 * size).all()
     assert moved.to("cpu").qtensor().equal(q)
 

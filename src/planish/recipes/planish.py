@@ -102,11 +102,12 @@ def _blocks(
     shared: dict[str, Any] = {"rate": rate, "trim": trim, "span": span}
     if fit == "weights":
         made = block_ap(steps=steps, epochs=epochs, norm_rate=norm_rate, batch_size=batch_size or 4, **shared)
-        (stage,) = made.blocks
-        assert stage.fit is not None
-        return dataclasses.replace(stage, name="planish", fit=dataclasses.replace(stage.fit, passed=BLOCKS))
     elif fit == "rounding":
         made = signround(steps=200 if steps is None else steps, batch_size=batch_size or 8, **shared)
     else:
         made = rtn(search=True, products=False)  # products lose a little less, and take a CPU four times as long
-    return dataclasses.replace(made.blocks[0], name="planish")
+    stage = dataclasses.replace(made.blocks[0], name="planish")
+    if fit != "weights":
+        return stage
+    assert stage.fit is not None
+    return dataclasses.replace(stage, fit=dataclasses.replace(stage.fit, passed=BLOCKS))
