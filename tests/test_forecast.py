@@ -22,7 +22,7 @@ from planish.probe import Pace
 from planish.quant import activation
 from planish.request import Resolved, resolve
 from planish.shadow import EAGER, META, Held, Ledger, held_by
-from planish.tune import whole_size, with_bases
+from planish.ways import whole_size
 
 GB = 10**9
 Tiny = Callable[..., Path]
@@ -267,13 +267,22 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     optional = case(resolve(tiny_llama(), "planish", "w4g32", **SMALL), samples=8, micro_batch=1)
     short = dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=100_000))
     assert "training takes" not in needs_of(short).problem, "it would be left out"
+    assert needs_of(short).left_out.startswith("end_to_end is left out: training takes")
+    # codes move where the Trainer has room for them, else scales alone, if need be lean
+    stage = optional.resolved.recipe.whole
+    assert stage is not None and not needs_of(optional).left_out
+    sizes = [whole_size(optional.resolved.source.skeleton(), optional.resolved.schemes, way, torch.bfloat16)
+             for way in stage.ways()]  # fmt: skip
+    most = sizes[0].peak(32, lean=False, checkpointing=False)
+    less = needs_of(dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=most)))
+    assert "end_to_end leaves weight as they are" in less.left_out and not less.problem
 
 
 def test_a_float_model_trained_inside_is_counted(tiny_llama: Tiny) -> None:
     resolved = resolve(tiny_llama(), "l4q", "w4g32", rank=4, **SMALL)
     stage = resolved.recipe.whole
     assert stage is not None
-    sizes = [whole_size(resolved.source.skeleton(), resolved.schemes, way, torch.bfloat16) for way in with_bases(stage)]
+    sizes = [whole_size(resolved.source.skeleton(), resolved.schemes, way, torch.bfloat16) for way in stage.ways()]
     ample = needs_of(case(resolved, samples=8))
     assert (ample.problem, ample.streams, ample.files, ample.micro_batch) == ("", None, 0, 8)
     assert ample.gpu == sizes[0].peak(8 * 32, lean=False, checkpointing=False)

@@ -29,7 +29,7 @@ from planish.quant import QLinear, Quantizer, Searched
 from planish.recipes import build
 from planish.scheme import Scheme
 from planish.trainable import free_slots
-from planish.tune import wants_checkpointing, whole_size
+from planish.ways import wants_checkpointing, whole_size
 
 Tiny = Callable[..., Path]
 GB = 10**9

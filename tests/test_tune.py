@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import planish
 from planish import tune as tune_module
+from planish import ways as ways_module
 from planish.errors import PlanishError
 from planish.fit.watch import Setting
 from planish.fit.whole import EndToEnd
@@ -20,7 +21,8 @@ from planish.log import Event
 from planish.plan import plan_whole
 from planish.scheme import Scheme
 from planish.trainable import free_slots
-from planish.tune import planned, tune, wants_checkpointing, whole_size
+from planish.tune import tune
+from planish.ways import planned, wants_checkpointing, whole_size
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CPU_DTYPE, GB = torch.float32, 10**9
@@ -124,7 +126,7 @@ def test_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = setting(tmp_path, device=GPU, progress=said.append)
 
     def choose(free: float, **changed: Any) -> tuple[bool | None, int]:
-        monkeypatch.setattr(tune_module, "gpu_memory", lambda device: int(free))
+        monkeypatch.setattr(ways_module, "gpu_memory", lambda device: int(free))
         found = planned(dataclasses.replace(on_gpu, **changed), size, stage(), 16)
         return found.lean, found.micro_batch
 
@@ -150,7 +152,7 @@ def test_the_trainer_takes_the_first_gpu(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = whole_size(model_of(), {}, stage(), torch.bfloat16)
-    monkeypatch.setattr(tune_module, "gpu_memory", lambda device: 80 * GB)
+    monkeypatch.setattr(ways_module, "gpu_memory", lambda device: 80 * GB)
     for device, lean, taken in (("cuda:0", None, False), ("cuda:0", True, True), ("cuda:1", True, True)):
         found = planned(setting(tmp_path, device=torch.device(device), lean=lean), size, stage(), 16)
         assert found.lean is taken
@@ -168,6 +170,56 @@ def test_the_trainer_takes_the_first_gpu(
     monkeypatch.setattr(tune_module, "_blocks", lambda run: pytest.fail("blocks were worked on"))
     with pytest.raises(PlanishError, match=said):
         planish.quantize(tiny_llama(), "planish", "w2g32", data=IDS, samples=len(IDS), seqlen=16, device="cpu")
+
+
+def roomy(**changed: Any) -> EndToEnd:
+    return dataclasses.replace(stage("scale", "weight"), if_room=("weight",), **changed)
+
+
+def test_slots_that_have_no_room_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    schemes = {name: Scheme.parse("w2g32") for name, _ in model.named_modules() if name.endswith("_proj")}
+    with_weights, without = roomy().ways()
+    assert with_weights == roomy() and (set(without.rates), without.if_room) == ({"scale"}, ())
+    size = whole_size(model, schemes, with_weights, torch.bfloat16)
+    least = size.peak(16, lean=False, checkpointing=False)
+    for device, ask in ((GPU, "gpu_memory"), (CPU, "host_memory")):
+        how = setting(tmp_path, device=device, micro_batch=1)
+        monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least + 1))
+        assert planned(how, size, with_weights, 16).lean is False
+        with pytest.raises(PlanishError, match="e2e leaves weight as they are: to train them takes"):
+            planned(dataclasses.replace(how, lean=True), size, with_weights, 16)
+        monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least - 1))
+        with pytest.raises(PlanishError, match="e2e leaves weight as they are: to train them takes"):
+            planned(how, size, with_weights, 16)
+
+
+def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path: Path) -> None:
+    model = model_of()
+    size = whole_size(model, {}, roomy(), torch.float32)
+    on = setting(tmp_path, resume=True)
+    assert planned(on, size, roomy(), 16).lean is False, "nothing was done before"
+    packed = planish.quantize(copy.deepcopy(model), "rtn", "w2g32", device="cpu")
+    tune(packed, roomy(steps=2).ways()[1], IDS, IDS, None, setting(tmp_path, save_every=1))
+    with pytest.raises(PlanishError, match="the run began without weight, and goes on so"):
+        planned(on, size, roomy(), 16)
+    assert planned(on, size, roomy().ways()[1], 16).lean is False
+
+
+def test_the_default_recipe_says_what_stays(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"data": IDS, "samples": len(IDS), "seqlen": 16, "device": "cpu", "steps": 2, "e2e_epochs": 1}
+    trained: list[EndToEnd] = []
+    tuned = tune_module.tune
+    monkeypatch.setattr(tune_module, "tune", lambda model, stage, *rest: (trained.append(stage),
+                                                                         tuned(model, stage, *rest))[1])  # fmt: skip
+    planish.quantize(tiny_llama(), "planish", "w2g32", **how)
+    monkeypatch.setattr(ways_module, "host_memory", lambda: 0)
+    said: list[Event] = []
+    planish.quantize(tiny_llama(), "planish", "w2g32", progress=said.append, **how)
+    assert [set(stage.rates) for stage in trained] == [{"scale", "norm", "weight"}, {"scale", "norm"}]
+    assert sum("end_to_end leaves weight as they are" in event.note for event in said) == 1
 
 
 def test_a_run_goes_on_the_way_it_began(tmp_path: Path) -> None:

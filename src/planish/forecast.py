@@ -178,7 +178,7 @@ def forecast(
         seconds=None if pace is None else seconds_of(case, pace),
         verdicts=tuple(verdicts(GGUF if resolved.gguf else resolved.format.name, set(resolved.schemes.values()))),
         suggestions=tuple(_suggestions(case)) if needs.problem else (),
-        notes=(*notes, *_remarks(resolved, probe, absent, pace)),
+        notes=(*notes, *([needs.left_out] if needs.left_out else []), *_remarks(resolved, probe, absent, pace)),
     )
 
 

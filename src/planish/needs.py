@@ -30,7 +30,7 @@ from planish.run import compute_dtype
 from planish.scheme import Scheme
 from planish.shadow import META, PIECE, Held, Ledger, Searched, held_by
 from planish.tables import table_shapes
-from planish.tune import wants_checkpointing, whole_size, with_bases
+from planish.ways import wants_checkpointing, whole_size
 
 SHARD: int = inspect.signature(CheckpointWriter).parameters["shard_bytes"].default
 # bytes of a tensor's entry in a header, and of a layer's in config.json, run.json and an index; besides its name
@@ -158,7 +158,7 @@ class Case:
 class Needs:
     """What a case takes: bytes at most, streams and their bytes on disk, samples in a pass, why it won't run.
 
-    `held` is what of `gpu` the blocks take, the streams aside.
+    `held` is what of `gpu` the blocks take, the streams aside; `left_out` what the run goes without, for its memory.
     """
 
     gpu: int
@@ -168,6 +168,7 @@ class Needs:
     files: int
     micro_batch: int
     problem: str
+    left_out: str = ""
 
 
 def needs_of(case: Case) -> Needs:
@@ -189,30 +190,33 @@ def needs_of(case: Case) -> Needs:
         total * (where == "host") + _at_blocks(case, 0 if on_gpu else blocks, small, where), _at_the_end(case, small)
     )
     gpu = lying + blocks + case.unseen if on_gpu else 0
-    whole_gpu, whole_host, _, problem = _whole(case, case.resolved.recipe.whole)
+    whole = _whole(case, case.resolved.recipe.whole)
     found = Needs(
-        gpu=max(gpu, whole_gpu),
+        gpu=max(gpu, whole.gpu),
         held=blocks if on_gpu else 0,
-        host=max(host, whole_host),
+        host=max(host, whole.host),
         streams=streams,
         files=total * (where == "disk"),
         micro_batch=micro,
-        problem=problem,
+        problem=whole.problem,
+        left_out=whole.left_out,
     )
-    return dataclasses.replace(found, problem=problem or _problem(case, found, gpu))
+    return dataclasses.replace(found, problem=whole.problem or _problem(case, found, gpu))
 
 
 def _inside_alone(case: Case) -> Needs:
     """What a float model takes that has factors inside, and no blocks to go through before it is trained."""
     stage = case.resolved.recipe.whole
     assert stage is not None
-    for tried in with_bases(stage):
-        gpu, host, micro, problem = _whole(case, tried)
-        if not problem:
+    for tried in stage.ways():
+        whole = _whole(case, tried)
+        if not whole.problem:
             break
-    host = max(host, case.idle + _at_the_end(case, 0))
-    found = Needs(gpu=gpu, held=0, host=host, streams=None, files=0, micro_batch=micro, problem=problem)
-    return dataclasses.replace(found, problem=problem or _problem(case, found, 0))
+    host = max(whole.host, case.idle + _at_the_end(case, 0))
+    found = Needs(
+        gpu=whole.gpu, held=0, host=host, streams=None, files=0, micro_batch=whole.micro_batch, problem=whole.problem
+    )
+    return dataclasses.replace(found, problem=whole.problem or _problem(case, found, 0))
 
 
 def _streams(case: Case) -> StreamPlan | None:
@@ -318,19 +322,33 @@ def _at_the_end(case: Case, small: int) -> int:
     return round(min(sum(sizes), SHARD + max(sizes)) + heap)
 
 
-def _whole(case: Case, stage: EndToEnd | None) -> tuple[int, int, int, str]:
-    """GPU and host memory of a whole-model stage, samples in a pass, and why it can't be."""
+@dataclass(frozen=True)
+class _Whole:
+    """Memory of a whole-model stage, samples in a pass, why it can't be, what is left out of the run for it."""
+
+    gpu: int = 0
+    host: int = 0
+    micro_batch: int = 0
+    problem: str = ""
+    left_out: str = ""
+
+
+def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
+    """What a whole-model stage takes; a way that has no room gives way to the next."""
     resolved = case.resolved
     if stage is None:
-        return 0, 0, 0, ""
+        return _Whole()
     size = whole_size(resolved.source.skeleton(), resolved.schemes, stage, case.dtype)
     micro = min(case.micro_batch, stage.batch_size)
-    # packed layers wait there; or of factors the start and the best state
-    waiting = 8 * size.trained if stage.inside is not None else sum(case.disk.layers.values())
+    # the start and the best state, and of a quantized model its packed layers
+    waiting = 8 * size.trained + (0 if stage.inside is not None else sum(case.disk.layers.values()))
     others = stage.distill > 0 and not (stage.inside is not None and stage.inside.own_teacher)
     host = case.idle + waiting + (case.samples * case.sample if others else 0)
     if case.device.type != "cuda":
-        return 0, host + size.peak(micro * resolved.seqlen, lean=False, checkpointing=False), micro, ""
+        peak = size.peak(micro * resolved.seqlen, lean=False, checkpointing=False)
+        if stage.if_room and MARGIN * peak > case.room.host:
+            return _without(case, stage)
+        return _Whole(0, host + peak, micro)
     try:
         plan = plan_whole(
             size,
@@ -343,11 +361,22 @@ def _whole(case: Case, stage: EndToEnd | None) -> tuple[int, int, int, str]:
             host=case.room.host,
         )
     except PlanishError as error:
+        if stage.if_room:
+            return _without(case, stage)
         if stage.optional:
-            return 0, host, micro, ""  # the run goes without it
-        return size.peak(resolved.seqlen, lean=True, checkpointing=True), host, 1, str(error)
+            return _Whole(0, host, micro, left_out=f"{stage.name} is left out: {error}")
+        return _Whole(size.peak(resolved.seqlen, lean=True, checkpointing=True), host, 1, str(error))
+    if plan.lean and stage.if_room:
+        return _without(case, stage)
     host += size.host(stage.batch_size * resolved.seqlen) if plan.lean else 0
-    return plan.bytes, host, plan.micro_batch, ""
+    return _Whole(plan.bytes, host, plan.micro_batch)
+
+
+def _without(case: Case, stage: EndToEnd) -> _Whole:
+    """The next way, which goes without what there is no room for."""
+    found = _whole(case, stage.ways()[-1])
+    said = f"{stage.name} leaves {' and '.join(stage.if_room)} as they are: there is no memory to train them"
+    return dataclasses.replace(found, left_out=found.left_out or said)
 
 
 def _problem(case: Case, needs: Needs, gpu: int) -> str:

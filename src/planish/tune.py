@@ -4,7 +4,6 @@
 
     model, figures = tune_float(run, stage, ...)  for a stage whose factors lie inside quantizers of the float model
 
-    setting = planned(setting, size, ...)        by the Trainer, or lean where memory is short; refused if neither
     teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
     tune(model, stage, ids, labels, teacher, setting)
 
@@ -14,7 +13,7 @@ of the checkpoint it came from or goes to.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planish.arch import Arch, discover, linears
+from planish.arch import discover, linears
 from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.fit.finetune import finetune
 from planish.fit.lean_loop import finetune_lean
-from planish.fit.norms import norms_of
 from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
 from planish.fit.repeat import repeatable
 from planish.fit.teacher import last_hidden
-from planish.fit.watch import Setting, Slots, Windows, was_lean
+from planish.fit.watch import Setting, Slots, Windows
 from planish.fit.whole import EndToEnd, Inside
 from planish.folder import assemble
 from planish.formats import FORMATS
@@ -43,21 +41,18 @@ from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
 from planish.log import Clock, Event, Progress, peak_bytes
-from planish.plan import WholeSize, gpu_memory, host_memory, measure_room, plan_streams, plan_whole
+from planish.plan import WholeSize, measure_room, plan_streams
 from planish.qtensor import PARTS, QTensor
 from planish.quant import QLinear
-from planish.quant.low_rank import TILE
 from planish.run import Run
-from planish.scheme import Scheme
 from planish.source import Source
 from planish.stream import BlockStream
 from planish.trainable import convert, free_slots
+from planish.ways import planned, trains_on, wants_checkpointing, whole_size
 
-CHECKPOINTING_FROM = 500_000_000  # weights
 SAVE_EVERY = 16  # steps between the checkpoints of a run that shall survive a kill
 CHECKPOINTS, NATIVE = "whole", FORMATS["native"]
 UNCOMMON = "offsets in weight units are kept in the native format, which servers don't load; offset=integer is for them"
-TILE_PIECES = 6  # fp32 tiles that a product with factors inside holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,97 +193,6 @@ def _by_trainer(
             parameter.grad = None
 
 
-def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> Setting:
-    """The setting with what the plan decides: lean or not, and samples in a pass. To be asked before any work.
-
-    A run that goes on trains as it did; without a GPU it is lean only if it shall be.
-
-    Raises:
-        PlanishError: if neither way fits, or the Trainer would be taken for another GPU than the first.
-    """
-    lean = setting.lean
-    if lean is None and setting.resume:
-        lean = was_lean(setting.folder)
-    if setting.device.type != "cuda":
-        return dataclasses.replace(setting, lean=bool(lean))
-    plan = plan_whole(
-        size,
-        seqlen=seqlen,
-        batch_size=stage.batch_size,
-        micro_batch=min(setting.micro_batch, stage.batch_size),
-        checkpointing=setting.checkpointing,
-        lean=lean,
-        free=gpu_memory(setting.device),
-        host=host_memory(),
-    )
-    if not plan.lean and not trains_on(setting.device):
-        raise PlanishError(
-            f"transformers' Trainer takes the first GPU that it sees, not {setting.device}; set "
-            f"CUDA_VISIBLE_DEVICES={setting.device.index} and give the device as cuda, or finetune lean (--lean)"
-        )
-    if plan.lean and setting.progress:
-        setting.progress(Event(stage=stage.name, index=0, total=0, note=plan.summary()))
-    return dataclasses.replace(setting, lean=plan.lean, micro_batch=plan.micro_batch)
-
-
-def trains_on(device: torch.device) -> bool:
-    """Does transformers' Trainer train on this device? Of GPUs it takes the first."""
-    return not device.index
-
-
-def whole_size(
-    skeleton: PreTrainedModel, schemes: Mapping[str, Scheme], stage: EndToEnd, dtype: torch.dtype
-) -> WholeSize:
-    """What decides the memory of a stage, of a model that needn't be there yet.
-
-    Args:
-        skeleton: before anything is packed; parameters may be on meta.
-        schemes: of the linears that are (to be) packed.
-        dtype: of what isn't packed, and of activations.
-    """
-    arch, config = discover(skeleton), skeleton.config.get_text_config()
-    shapes, item = linears(arch, skeleton), dtype.itemsize
-    of_block = [sum(norms) if "norm" in stage.rates else 0 for norms in _norm_sizes(skeleton, arch)]
-    rest = [value for name, value in skeleton.named_parameters() if name.removesuffix(".weight") not in schemes]
-    codes, graph, latent = -item * sum(of_block), [0] * arch.num_blocks, "weight" in stage.rates
-    for name, (rows, columns) in shapes.items():
-        block = int(name.removeprefix(f"{arch.blocks}.").partition(".")[0])
-        # a linear's input and output; as much again for norms, activation functions and gradients on their way
-        graph[block] += 2 * item * (rows + columns)
-        if (scheme := schemes.get(name)) is None:
-            continue
-        groups, stored = rows * scheme.groups_in(columns), {"scale": 2} if scheme.symmetric else {"scale": 2, "zero": 1}
-        if stage.inside is not None:
-            # the frozen weight has no codes either, and units where it has 8 bits
-            codes += rows * columns + 4 * groups if stage.inside.in_8_bits else item * rows * columns
-            of_block[block] += stage.inside.rank * (rows + columns) + groups * ("offset" in stage.rates)
-        else:
-            # weights that are trained have no codes, but what they started from and what they round to
-            codes += 2 * item * rows * columns if latent else rows * scheme.bits * -(-columns // 8)
-        codes += groups * sum(count for slot, count in stored.items() if slot not in stage.rates)
-        of_block[block] += groups * sum(slot in stage.rates for slot in stored) + rows * columns * latent
-    head = config.vocab_size * config.hidden_size * item if stage.distill > 0 else 0
-    packed = [shapes[name] for name in schemes]
-    largest_linear = max((rows * columns for rows, columns in packed), default=0)
-    return WholeSize(
-        fixed=codes + head + item * sum(value.numel() for value in rest),
-        trained=sum(of_block),
-        largest=max(of_block),
-        weights=sum(rows * columns for rows, columns in packed),
-        dense=item * largest_linear + TILE_PIECES * 4 * min(TILE, largest_linear) * (stage.inside is not None),
-        graph=max(graph),
-        logits=4 * config.vocab_size * (10 if stage.distill > 0 else 6),
-        boundary=config.hidden_size * item,
-        blocks=arch.num_blocks,
-    )
-
-
-def _norm_sizes(skeleton: PreTrainedModel, arch: Arch) -> list[list[int]]:
-    """By block the sizes of its norms."""
-    blocks = ({name: skeleton.get_submodule(name)} for name in map(arch.block, range(arch.num_blocks)))
-    return [[norm.get_parameter("weight").numel() for norm in norms_of(block).values()] for block in blocks]
-
-
 def quantize_in_memory(
     run: Run, examples: Examples | None = None, how: Callable[[Setting], Setting] = lambda setting: setting
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -307,21 +211,25 @@ def quantize_in_memory(
         examples = Examples(ids=run.ids, labels=run.ids, note="")
     if stage.inside is not None:
         return tune_float(run, stage, stage.inside, examples, how)
-    size = whole_size(source.skeleton(), run.schemes, stage, run.dtype)
     with _checkpoints(run) as folder:
-        setting = _setting_of(run, size, folder)
+
+        def setting_of(size: WholeSize) -> Setting:
+            return how(_setting_of(run, size, folder))
+
         try:
-            setting = planned(how(setting), size, stage, examples.ids.shape[1])
+            chosen, setting, left = _chosen(run, stage, examples.ids.shape[1], setting_of)
         except PlanishError as reason:
             if not stage.optional or not trains_on(run.device):  # only memory is a reason to go without it
                 raise
             run.notes.append(note := f"{stage.name} is left out: {reason}")
             layers, trained, figures = _blocks(run)
             return _assembled(run, layers, trained, source.dtype), {**figures, "notes": [*figures["notes"], note]}
+        run.notes += left
         layers, trained, figures = _blocks(run)
+        figures["notes"] = [*figures["notes"], *left]
         teacher = _teacher(run, examples) if stage.distill > 0 else None
         model = _assembled(run, layers, trained, run.dtype)
-        outcome = tune(model, stage, examples.ids, examples.labels, teacher, setting, weights_of(source))
+        outcome = tune(model, chosen, examples.ids, examples.labels, teacher, setting, weights_of(source))
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
 
 
@@ -360,12 +268,10 @@ def tune_float(
     check_inside(stage, run.schemes, linears(run.arch, source.skeleton()), start)
     notes = [UNCOMMON] if inside.offset else []
     with _checkpoints(run) as folder:
-        stage, setting = _with_base(
+        stage, setting, left = _chosen(
             run, stage, examples.ids.shape[1], lambda size: how(_setting_of(run, size, folder))
         )
-        if stage.inside != inside:
-            notes.append("the frozen weights are held in 8 bits: of 16 there is no room")
-        for note in notes:
+        for note in (notes := [*notes, *left]):
             if run.progress:
                 run.progress(Event(stage=stage.name, index=0, total=0, note=note))
         teacher = _teacher(run, examples) if stage.distill > 0 and not inside.own_teacher else None
@@ -377,27 +283,21 @@ def tune_float(
     return cast_parameters(model, source.dtype), figures
 
 
-def _with_base(
+def _chosen(
     run: Run, stage: EndToEnd, seqlen: int, setting_of: Callable[[WholeSize], Setting]
-) -> tuple[EndToEnd, Setting]:
-    """The stage and how it trains; with frozen weights in 8 bits where those of 16 don't fit and it may choose."""
-    ways = with_bases(stage)
+) -> tuple[EndToEnd, Setting, list[str]]:
+    """The first of a stage's ways for which there is memory, how it trains, and what is to be said of that."""
+    ways, notes = stage.ways(), list[str]()
     for tried in ways:
         size = whole_size(run.source.skeleton(), run.schemes, tried, run.dtype)
         try:
-            return tried, planned(setting_of(size), size, tried, seqlen)
-        except PlanishError:
+            return tried, planned(setting_of(size), size, tried, seqlen), notes
+        except PlanishError as reason:
             if tried is ways[-1]:
                 raise
+            eight = "the frozen weights are held in 8 bits: of 16 there is no room"
+            notes.append(str(reason) if tried.if_room else eight)
     raise AssertionError("the last one returns or raises")
-
-
-def with_bases(stage: EndToEnd) -> list[EndToEnd]:
-    """The stage, and where it may choose what frozen weights are held in, the same with 8 bits; in the order tried."""
-    inside = stage.inside
-    if inside is None or inside.in_steps or inside.base != "auto":
-        return [stage]
-    return [stage, dataclasses.replace(stage, inside=dataclasses.replace(inside, base="int8"))]
 
 
 def _setting_of(run: Run, size: WholeSize, folder: Path) -> Setting:
@@ -463,11 +363,6 @@ def figures_of(outcome: Outcome, device: torch.device) -> dict[str, Any]:
         "end_to_end_notes": list(outcome.notes),
         "peak_bytes": peak_bytes(device),
     }
-
-
-def wants_checkpointing(size: WholeSize, device: torch.device) -> bool:
-    """Whether blocks are recomputed in the backward pass: where their activations would outweigh the weights."""
-    return device.type == "cuda" and size.weights > CHECKPOINTING_FROM
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -48,14 +48,12 @@ from planish.tune import (
     cast_parameters,
     check_vocabulary,
     figures_of,
-    planned,
     quantize_in_memory,
     teacher_of,
     tune,
-    wants_checkpointing,
     weights_of,
-    whole_size,
 )
+from planish.ways import planned, wants_checkpointing, whole_size
 from planish.widths import settle_bits
 
 LOGS = "runs"  # where tensorboard's callback writes

@@ -101,7 +101,7 @@ def test_planish_is_made_of_the_others() -> None:
     assert blocks.fit is not None
     steps = [(blocks.fit.steps_on(count), whole.steps_on(count)) for count in (64, 512, 4096)]
     assert steps == [(128, 64), (384, 512), (2048, 512)]
-    assert whole.rates == {"scale": 2e-3, "norm": 1e-3}
+    assert whole.rates == {"scale": 2e-3, "norm": 1e-3, "weight": 3e-3} and whole.if_room == ("weight",)
     rounding = build("planish", None, {"fit": "rounding", "steps": 30}).blocks[0]
     assert rounding.fit == fit_of(build("signround", None, {"steps": 30})) and rounding.rounding is Offset
     (light,), (fast,) = build("planish", "light").stages, build("planish", "fast").stages

@@ -26,6 +26,7 @@ from transformers import (
 from planish.experts import has_experts
 from planish.fit.graphed import Graphed
 from planish.fit.objective import Objective
+from planish.fit.optim import Rated
 from planish.fit.reconstruct import Outcome, Samples
 from planish.fit.watch import Setting, Slots, Watch, Windows, peak_rates
 from planish.fit.whole import EndToEnd
@@ -165,11 +166,13 @@ def _arguments(stage: EndToEnd, setting: Setting, steps: int, micro: int, accumu
 
 
 def _optimizer(parameters: Slots, stage: EndToEnd) -> torch.optim.Optimizer:
-    """AdamW, one group a parameter, since each has a rate of its own."""
-    peaks = list(peak_rates(parameters, stage))
-    groups = [{"params": [parameter], "lr": rate, "weight_decay": decay} for parameter, rate, decay in peaks]
-    fused = all(parameter.is_cuda for parameter, _, _ in peaks)  # a launch a group, not a dozen
-    return torch.optim.AdamW(groups, betas=stage.betas, fused=fused)
+    """AdamW, each parameter with a rate of its own."""
+    groups: dict[float, dict[str, Any]] = {}
+    for parameter, rate, decay in peak_rates(parameters, stage):
+        group = groups.setdefault(decay, {"params": [], "rates": [], "weight_decay": decay})
+        group["params"].append(parameter)
+        group["rates"].append(rate)
+    return Rated(groups.values(), betas=stage.betas)
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from planish.kernels.token_loss import NO_LABEL as NO_LABEL
+from planish.kernels.token_loss import token_loss
 
 # every 211th element estimates the threshold; a prime, so that it isn't always the same channel
 STRIDE = 211
-# label of a token without loss, as the field has it
-NO_LABEL = -100
 
 
 def squared(output: Tensor, target: Tensor) -> Tensor:
@@ -48,18 +48,11 @@ def next_token(
         distill: share of distillation, from 0 to 1.
         temperature: T; Hinton's factor T^2 keeps the gradient's size (arXiv 1503.02531).
     """
-    logits = logits.float()
-    total = logits.new_zeros(())
-    if distill < 1:
-        total = total + (1 - distill) * functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
-    if distill > 0:
-        assert teacher is not None
-        # dividing by 1 would go once more through all of them
-        ours, theirs = (part if temperature == 1 else part / temperature for part in (logits, teacher.float()))
-        ours, theirs = functional.log_softmax(ours, -1), functional.log_softmax(theirs, -1)
-        divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        total = total + distill * temperature**2 * (divergence * (labels != NO_LABEL)).sum()
-    return total
+    if distill == 0 or temperature == 1:
+        return token_loss(logits, labels, teacher, distill)[0].sum()
+    assert teacher is not None
+    likeness = token_loss(logits / temperature, labels, teacher / temperature, 1.0)[0].sum()
+    return distill * temperature**2 * likeness + (1 - distill) * token_loss(logits, labels, None, 0.0)[0].sum()
 
 
 class _Chunked(torch.autograd.Function):

@@ -26,9 +26,9 @@ def logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def logits(hidden: Tensor) -> Tensor:
-        values = head(hidden).float()
-        values = values if factor == 1 else values * factor
-        return values if cap is None else torch.tanh(values / cap) * cap
+        values: Tensor = head(hidden)
+        values = values if factor == 1 else values.float() * factor
+        return values if cap is None else torch.tanh(values.float() / cap) * cap
 
     return logits
 

@@ -259,6 +259,12 @@ def was_lean(folder: Path) -> bool | None:
     return None if last is None else bool(_state_of(last)["identity"].get("lean"))
 
 
+def was_trained(folder: Path) -> set[str] | None:
+    """The slots that it trained."""
+    last = last_whole(folder)
+    return None if last is None else set(_state_of(last)["identity"]["rates"])
+
+
 def _state_of(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state

@@ -12,7 +12,7 @@ quantizer, a float model is trained so (L4Q, LR-QAT: see `quant.low_rank`). This
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -81,6 +81,7 @@ class EndToEnd:
         rates: slot ("scale", "zero", "norm": the norms of the blocks, "weight": V; of `inside` "factors" and "offset")
             -> learning rate at its peak. Slots that aren't named stay.
         inside: factors inside the quantizers of a float model; None trains a packed one.
+        if_room: slots that are trained by the Trainer, or stay where it has no memory for them.
         relative: rates of scales are in units of each matrix's mean |s|, those of norms of each one's mean size, so
             that one rate suits every layer; else in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; the rest is cross-entropy.
@@ -100,6 +101,7 @@ class EndToEnd:
     name: str
     rates: Mapping[str, float] = field(default_factory=dict)
     inside: Inside | None = None
+    if_room: tuple[str, ...] = ()
     relative: bool = True
     distill: float = 0.0
     temperature: float = 1.0
@@ -134,6 +136,16 @@ class EndToEnd:
     @property
     def needs_data(self) -> bool:
         return True
+
+    def ways(self) -> list["EndToEnd"]:
+        """The stage and what is tried instead where memory is short: without the slots of `if_room`; with frozen
+        weights in 8 bits, where it may choose."""
+        if self.if_room:
+            rates = {slot: rate for slot, rate in self.rates.items() if slot not in self.if_room}
+            return [self, replace(self, rates=rates, if_room=())]
+        if self.inside is None or self.inside.in_steps or self.inside.base != "auto":
+            return [self]
+        return [self, replace(self, inside=replace(self.inside, base="int8"))]
 
     def steps_on(self, samples: int) -> int:
         """Optimizer steps for so many samples to train on."""

@@ -18,7 +18,8 @@ from planish.kernels import cpu, cuda_gemv, reference, train
 from planish.kernels.pack import Packed
 
 if find_spec("triton"):
-    from planish.kernels import fakequant, merged, tokens, triton_train  # noqa: F401  (they register themselves for CUDA)
+    # they register themselves for CUDA
+    from planish.kernels import fakequant, merged, tokens, triton_loss, triton_train  # noqa: F401
 
 KERNELS = {"cpu": cpu, "cuda_gemv": cuda_gemv, "train": train, "reference": reference}
 

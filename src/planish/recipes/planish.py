@@ -1,7 +1,8 @@
 """Planish's own recipe: what other recipes' stages give together, for the least loss a minute. The default.
 
     range that loses least, input by input  ->  a few blocks at a time learn what their float selves give
-    ->  the whole quantized model learns the float model's predictions, token by token
+    ->  the whole quantized model learns the float model's predictions, token by token; its codes too, where memory has
+        room for that
 
 The last stage distils: what it learns is to be like the float model, not to know the text better. With a share of
 cross-entropy the perplexity on text of that kind falls below the float model's own, which is teaching it the text.
@@ -46,12 +47,12 @@ def planish(
     e2e_rate: float = 2e-3,
     e2e_zero_rate: float = 0.0,
     e2e_norm_rate: float = 1e-3,
-    e2e_weight_rate: float = 0.0,
+    e2e_weight_rate: float = 3e-3,
     e2e_batch_size: int = 8,
 ) -> Recipe:
     """Searched ranges, blocks fitted, then the whole model distilled from the float one.
 
-    Equation: Q = clamp(round(W / s) + z, 0, 2^b - 1), W, s, z learned; then W_hat = s * (Q - z), s learned
+    Equation: Q = clamp(round(W / s) + z, 0, 2^b - 1), W, s, z learned; then W_hat = s * (Q - z), s and Q learned
 
     Args:
         fit: what a block learns: its "weights", scales and zero points (by AdamW, as `block_ap`), the "rounding" of
@@ -69,7 +70,8 @@ def planish(
         e2e_rate: peak learning rate of s in the last stage, in units of each matrix's mean |s|.
         e2e_zero_rate: that of z, in levels; 0 leaves it as it is.
         e2e_norm_rate: that of the blocks' norms, in units of each one's mean size; 0 leaves them.
-        e2e_weight_rate: that of weights, in steps of the grid, so that codes move too; 0 leaves them.
+        e2e_weight_rate: that of weights, in steps of the grid, so that codes move too; 0 leaves them, and so does a
+            run whose memory has no room for 16 bytes a weight.
         e2e_batch_size: samples a step in the last stage.
     """
     blocks = _blocks(fit, steps, epochs, rate, norm_rate, trim, span, batch_size)
@@ -80,7 +82,8 @@ def planish(
         epochs=e2e_epochs, batch_size=e2e_batch_size,
     ).whole  # fmt: skip
     assert last is not None
-    last = dataclasses.replace(last, name="end_to_end", optional=True, passed=WHOLE)
+    room = tuple(slot for slot in last.rates if slot == "weight")
+    last = dataclasses.replace(last, name="end_to_end", optional=True, if_room=room, passed=WHOLE)
     return Recipe(name="planish", stages=(blocks, last))
 
 
