@@ -19,7 +19,7 @@ from planish.formats import FORMATS
 from planish.needs import Case, disk_of, needs_of
 from planish.plan import MARGIN, Room, duration
 from planish.probe import Pace
-from planish.quant import activation
+from planish.quant import activation, search
 from planish.request import Resolved, resolve
 from planish.shadow import EAGER, META, Held, Ledger, held_by
 from planish.ways import whole_size
@@ -203,6 +203,13 @@ def test_a_gpu_that_is_not_here(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatc
     assert none.lines()[-1] == "no flag that Planish knows makes it fit"
 
 
+@pytest.fixture
+def one_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices as small as these would be searched with all candidates together, which outweighs a step."""
+    monkeypatch.setattr(search, "GPU_TRIED", 1)
+
+
+@pytest.mark.usefixtures("one_candidate")
 def test_transforms_and_rounded_activations_are_counted(tiny_llama: Tiny) -> None:
     model, asked = tiny_llama(), {**SMALL, "span": 1, "steps": 4}
     plain, moved, rounded = (
@@ -258,6 +265,7 @@ def test_a_run_is_probed_on_the_cpu(tiny_llama: Tiny) -> None:
     assert untrained.needs.streams is None and untrained.seconds is not None
 
 
+@pytest.mark.usefixtures("one_candidate")
 def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     resolved = resolve(tiny_llama(), "efficientqat", "w4g32asym", **SMALL)
     ample = case(resolved, samples=8, micro_batch=1)

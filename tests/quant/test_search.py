@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from planish.qtensor import decode, encode, store, to_groups
-from planish.quant import MinMax, Searched
+from planish.quant import MinMax, Searched, search
 from planish.quant.range import Grid
 from planish.quant.search import search_grid
 from planish.scheme import Scheme
@@ -117,6 +117,20 @@ def test_a_grid_that_is_exact_already_is_kept() -> None:
     groups = decode(torch.randint(0, 4, (24, 5, 32)).float(), scale, zero)
     found = search_grid(groups, Scheme.parse("w2g32"), None, scale, zero)
     assert torch.equal(found[0], scale) and torch.equal(found[1], zero)
+
+
+@each_scheme
+@pytest.mark.parametrize("weighted", [False, True])
+def test_candidates_tried_together_give_the_same(
+    scheme: Scheme, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, importance = groups_of("normal"), products_of() if weighted else None
+    found = []
+    for together in (1, 7 * groups.numel(), 10**9):
+        monkeypatch.setattr(search, "CPU_TRIED", together)
+        found.append(Searched(groups, scheme, importance)(groups))
+    for other in found[1:]:
+        assert torch.equal(found[0].scale, other.scale) and torch.equal(found[0].zero, other.zero)
 
 
 @each_scheme

@@ -21,6 +21,8 @@ COMMON_SWEEP = torch.linspace(1.0, 0.25, 31).tolist()
 SINGLE_SWEEP = torch.linspace(1.15, 0.7, 16).tolist()
 REFITS = 3
 CPU_PART, GPU_PART = 2**18, 2**26  # weights at a time
+# ... times candidates for each: on a GPU one candidate is little work and many launches
+CPU_TRIED, GPU_TRIED = 2**18, 2**24
 
 
 class Best:
@@ -36,14 +38,23 @@ class Best:
         return (self._weigh(lost) * lost).sum(-1, keepdim=True)
 
     def _weigh(self, values: Tensor) -> Tensor:
-        """H v for each group: [out, G, g]."""
+        """H v for each group: [..., out, G, g]."""
         if self.importance.ndim == 2:
             return values * self.importance
-        return (values.transpose(0, 1) @ self.importance).transpose(0, 1)
+        weighed = values.flatten(0, -3).transpose(0, 1) @ self.importance
+        return weighed.transpose(0, 1).view_as(values)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        scale = store(scale)
-        error = self._error(scale, zero)
+    def offer(self, scales: list[Tensor], zeros: list[Tensor]) -> None:
+        """Candidates [out, G, 1], some tried together; of those that lose the same the first is kept."""
+        together = max(1, (CPU_TRIED if _on_cpu(self.groups) else GPU_TRIED) // self.groups.numel())
+        for start in range(0, len(scales), together):
+            part = slice(start, start + together)
+            self._offer(store(torch.stack(scales[part])), torch.stack(zeros[part]))
+
+    def _offer(self, scales: Tensor, zeros: Tensor) -> None:
+        errors = self._error(scales, zeros)
+        least = errors.argmin(0, keepdim=True)
+        error, scale, zero = (part.gather(0, least)[0] for part in (errors, scales, zeros))
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
@@ -54,7 +65,11 @@ class Best:
         weighted = self._weigh(levels)
         below = (weighted * levels).sum(-1, keepdim=True)
         above = (weighted * self.groups).sum(-1, keepdim=True)
-        self.offer(torch.where(below > 0, above / below.clamp(min=1e-30), self.scale), self.zero)
+        self.offer([torch.where(below > 0, above / below.clamp(min=1e-30), self.scale)], [self.zero])
+
+
+def _on_cpu(groups: Tensor) -> bool:
+    return groups.device.type == "cpu"
 
 
 @torch.no_grad()
@@ -73,8 +88,7 @@ def search_grid(
         importance = torch.ones_like(groups[0], dtype=torch.float32)
     sweep = _sweep_symmetric if scheme.symmetric else _sweep_asymmetric
     # rows don't see one another: a few at a time stay in a CPU's cache, and bound a GPU's memory
-    size = CPU_PART if groups.device.type == "cpu" else GPU_PART
-    rows = max(1, size // groups[0].numel())
+    rows = max(1, (CPU_PART if _on_cpu(groups) else GPU_PART) // groups[0].numel())
     found = []
     for part, part_scale, part_zero in zip(groups.split(rows), scale.split(rows), zero.split(rows), strict=True):
         best = Best(part, importance, scheme.bits, part_scale, part_zero)
@@ -88,23 +102,20 @@ def search_grid(
 
 def _sweep_symmetric(best: Best, groups: Tensor, bits: int) -> None:
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / 2 ** (bits - 1)
-    zero = best.zero
-    for share in SYMMETRIC_SWEEP:
-        best.offer(-peak / share, zero)
-        best.offer(peak / share, zero)
+    scales = [sign * peak / share for share in SYMMETRIC_SWEEP for sign in (-1, 1)]
+    best.offer(scales, [best.zero] * len(scales))
 
 
 def _sweep_asymmetric(best: Best, groups: Tensor, bits: int) -> None:
     levels = 2**bits - 1
 
-    def offer(low: Tensor, high: Tensor) -> None:
-        scale = store((high - low) / levels)
-        best.offer(scale, (-low / scale).round().clamp(0, levels))
+    def offer(ends: list[tuple[Tensor, Tensor]]) -> None:
+        scales = [store((high - low) / levels) for low, high in ends]
+        zeros = [(-low / scale).round().clamp(0, levels) for (low, _), scale in zip(ends, scales, strict=True)]
+        best.offer(scales, zeros)
 
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    for share in COMMON_SWEEP:
-        offer(low * share, high * share)
+    offer([(low * share, high * share) for share in COMMON_SWEEP])
     for end in (0, 1):
         low, high = -best.zero * best.scale, (levels - best.zero) * best.scale
-        for share in SINGLE_SWEEP:
-            offer(low * (share if end == 0 else 1), high * (share if end == 1 else 1))
+        offer([(low * (share if end == 0 else 1), high * (share if end == 1 else 1)) for share in SINGLE_SWEEP])
