@@ -121,13 +121,14 @@ PLANISH: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"format": "auto_round", "scheme": "w2g32"}, {"e2e_zero_rate": 1e-2}, {"e2e_weight_rate": 2e-2}]
+    "how", [{}, {"format": "auto_round", "scheme": "w2g32"}, {"e2e_zero_rate": 1e-2}, {"e2e_weight_rate": 0.0}]
 )
 def test_a_whole_model_stage_goes_on_from_its_last_checkpoint(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
     """Stopped behind a span, at step 5 and at step 18 of 20, and when all is trained and half is written."""
     monkeypatch.setattr("planish.tune.SAVE_EVERY", 4)
+    monkeypatch.setattr("planish.tune.RARER", 1)
     model, out, asked = tiny_llama(num_hidden_layers=LAYERS), tmp_path / "out", {**PLANISH, **how}
     plain = run(model, tmp_path / "plain", **asked, resume=False)
     reached: list[int] = []
@@ -165,6 +166,7 @@ def test_checkpoints_of_a_whole_model_stage_need_room(
 
     with monkeypatch.context() as patched:
         patched.setattr("planish.tune.SAVE_EVERY", 4)
+        patched.setattr("planish.tune.RARER", 1)
         patched.setattr("planish.fit.watch.save_file", full)
         with pytest.raises(PlanishError, match=r"in .*\.out\.run: No space left on device; make room and run the same"):
             run(tiny_llama(), tmp_path / "out", **PLANISH)

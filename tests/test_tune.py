@@ -96,6 +96,12 @@ def test_weights_that_are_trained_are_counted() -> None:
     assert size.trained - before.trained == size.weights and size.fixed > before.fixed
 
 
+@pytest.mark.parametrize(("scheme", "unit"), [("w3g32", 1.0), ("w4g32", 10 / 3)])
+def test_weights_of_a_finer_grid_move_faster_in_its_steps(scheme: str, unit: float) -> None:
+    slots = free_slots(planish.quantize(model_of(), "rtn", scheme, device="cpu"), stage("scale", "weight"))
+    assert {found for _, found in slots["weight"]} == {unit} and unit not in {found for _, found in slots["scale"]}
+
+
 # measured on an H100 by benchmarks/e2e70b.py: the peak of what torch held
 @pytest.mark.parametrize(("scheme", "measured"), [("w2g64", 27.30), ("w4g128", 41.19)])
 def test_70b_is_lean_where_it_must_be(scheme: str, measured: float) -> None:

@@ -36,6 +36,9 @@ from planish.quant import Given, Learned, QLinear, Quantizer, Steps, grid_of
 from planish.recipes import build
 from planish.scheme import SchemeMap
 
+# from so many bits on weights that are trained move so much faster, in steps: of a finer grid one is less of a weight.
+# Empirical: SmolLM2, 2 and 3 bits at 3e-3, 4 bits at 1e-2
+FINE, FASTER = 4, 10 / 3
 STRANGE = 0.6  # of a step: a float weight further than this from W_hat, on average, isn't what it was made of
 
 
@@ -181,7 +184,8 @@ def free_slots(
         slots = [slot for slot in stage.rates if slot != "norm" and (slot != "zero" or not layer.symmetric)]
         freed = _thaw(model, name, layer, slots, floats) if "weight" in slots else layer.make_trainable(slots)
         for slot, parameter in freed.items():
-            found[slot].append((parameter, step if slot == "scale" else 1.0))
+            faster = FASTER if slot == "weight" and layer.scheme.bits >= FINE else 1.0
+            found[slot].append((parameter, step if slot == "scale" else faster))
     for slot, parameters in found.items():
         if slot == "norm" and not parameters:
             raise PlanishError("the blocks have no norm with a weight to train; drop norm_rate")

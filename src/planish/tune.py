@@ -50,7 +50,9 @@ from planish.stream import BlockStream
 from planish.trainable import convert, free_slots
 from planish.ways import planned, trains_on, wants_checkpointing, whole_size
 
-SAVE_EVERY = 16  # steps between the checkpoints of a run that shall survive a kill
+# steps between the checkpoints of a run that shall survive a kill, and times as many where weights are trained: one
+# takes as long as some of the steps then
+SAVE_EVERY, RARER = 16, 8
 CHECKPOINTS, NATIVE = "whole", FORMATS["native"]
 UNCOMMON = "offsets in weight units are kept in the native format, which servers don't load; offset=integer is for them"
 
@@ -308,7 +310,7 @@ def _setting_of(run: Run, size: WholeSize, folder: Path) -> Setting:
         micro_batch=run.micro_batch,
         checkpointing=wants_checkpointing(size, run.device),
         resume=run.journal is not None,
-        save_every=SAVE_EVERY if run.journal else 0,
+        save_every=SAVE_EVERY * (RARER if size.trained >= size.weights else 1) if run.journal else 0,
         progress=run.progress,
     )
 

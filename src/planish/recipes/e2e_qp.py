@@ -50,8 +50,8 @@ def e2e_qp(
         rate: peak learning rate of s, in units of each matrix's mean |s|.
         zero_rate: peak learning rate of z, in levels; 0 leaves it as it is.
         norm_rate: peak learning rate of the blocks' norms, in units of each one's mean size; 0 leaves them.
-        weight_rate: peak learning rate of weights, in steps of the grid; then codes move too, which takes 16 bytes a
-            weight. 0 leaves them.
+        weight_rate: peak learning rate of weights, in steps of the grid (10/3 of it at 4 bits and more); then codes
+            move too, which takes 16 bytes a weight. 0 leaves them.
         relative: False has rates in the numbers' own units, as published.
         distill: share of distillation from the float model in the loss; 0 is cross-entropy alone.
         temperature: of the distillation.

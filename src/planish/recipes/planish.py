@@ -70,8 +70,8 @@ def planish(
         e2e_rate: peak learning rate of s in the last stage, in units of each matrix's mean |s|.
         e2e_zero_rate: that of z, in levels; 0 leaves it as it is.
         e2e_norm_rate: that of the blocks' norms, in units of each one's mean size; 0 leaves them.
-        e2e_weight_rate: that of weights, in steps of the grid, so that codes move too; 0 leaves them, and so does a
-            run whose memory has no room for 16 bytes a weight.
+        e2e_weight_rate: that of weights, in steps of the grid (10/3 of it at 4 bits and more), so that codes move too;
+            0 leaves them, and so does a run whose memory has no room for 16 bytes a weight.
         e2e_batch_size: samples a step in the last stage.
     """
     blocks = _blocks(fit, steps, epochs, rate, norm_rate, trim, span, batch_size)
