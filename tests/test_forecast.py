@@ -283,7 +283,7 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
              for way in stage.ways()]  # fmt: skip
     most = sizes[0].peak(32, lean=False, checkpointing=False)
     less = needs_of(dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=most)))
-    assert "end_to_end leaves weight as they are" in less.left_out and not less.problem
+    assert "end_to_end leaves weights as they are" in less.left_out and not less.problem
 
 
 def test_a_float_model_trained_inside_is_counted(tiny_llama: Tiny) -> None:

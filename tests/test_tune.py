@@ -193,10 +193,10 @@ def test_slots_that_have_no_room_stay(tmp_path: Path, monkeypatch: pytest.Monkey
         how = setting(tmp_path, device=device, micro_batch=1)
         monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least + 1))
         assert planned(how, size, with_weights, 16).lean is False
-        with pytest.raises(PlanishError, match="e2e leaves weight as they are: to train them takes"):
+        with pytest.raises(PlanishError, match="e2e leaves weights as they are: to train them takes"):
             planned(dataclasses.replace(how, lean=True), size, with_weights, 16)
         monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least - 1))
-        with pytest.raises(PlanishError, match="e2e leaves weight as they are: to train them takes"):
+        with pytest.raises(PlanishError, match="e2e leaves weights as they are: to train them takes"):
             planned(how, size, with_weights, 16)
 
 
@@ -207,7 +207,7 @@ def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path: Path) -> None:
     assert planned(on, size, roomy(), 16).lean is False, "nothing was done before"
     packed = planish.quantize(copy.deepcopy(model), "rtn", "w2g32", device="cpu")
     tune(packed, roomy(steps=2).ways()[1], IDS, IDS, None, setting(tmp_path, save_every=1))
-    with pytest.raises(PlanishError, match="the run began without weight, and goes on so"):
+    with pytest.raises(PlanishError, match="the run began without weights, and goes on so"):
         planned(on, size, roomy(), 16)
     assert planned(on, size, roomy().ways()[1], 16).lean is False
 
@@ -225,7 +225,7 @@ def test_the_default_recipe_says_what_stays(
     said: list[Event] = []
     planish.quantize(tiny_llama(), "planish", "w2g32", progress=said.append, **how)
     assert [set(stage.rates) for stage in trained] == [{"scale", "norm", "weight"}, {"scale", "norm"}]
-    assert sum("end_to_end leaves weight as they are" in event.note for event in said) == 1
+    assert sum("end_to_end leaves weights as they are" in event.note for event in said) == 1
 
 
 def test_a_run_goes_on_the_way_it_began(tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
 def _without(case: Case, stage: EndToEnd) -> _Whole:
     """The next way, which goes without what there is no room for."""
     found = _whole(case, stage.ways()[-1])
-    said = f"{stage.name} leaves {' and '.join(stage.if_room)} as they are: there is no memory to train them"
+    said = f"{stage.name} leaves {stage.spared} as they are: there is no memory to train them"
     return dataclasses.replace(found, left_out=found.left_out or said)
 
 

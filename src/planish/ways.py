@@ -39,7 +39,7 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
     if lean is None and setting.resume:
         lean = was_lean(setting.folder)
     if stage.if_room and setting.resume and was_trained(setting.folder) not in (None, set(stage.rates)):
-        raise PlanishError(f"the run began without {' and '.join(stage.if_room)}, and goes on so")
+        raise PlanishError(f"the run began without {stage.spared}, and goes on so")
     if setting.device.type != "cuda":
         if stage.if_room:
             _check_room(stage, bool(lean), size.peak(micro * seqlen, lean=False, checkpointing=False), host_memory())
@@ -69,7 +69,7 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
 def _check_room(stage: EndToEnd, lean: bool, need: int, free: int) -> None:
     if lean or MARGIN * need > free:
         raise PlanishError(
-            f"{stage.name} leaves {' and '.join(stage.if_room)} as they are: to train them takes "
+            f"{stage.name} leaves {stage.spared} as they are: to train them takes "
             f"{gigabytes(need)} by the Trainer, and {gigabytes(free)} are free"
         )
 

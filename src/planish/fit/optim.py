@@ -60,7 +60,7 @@ class Rated(torch.optim.Optimizer):
         grads, states = [p.grad for p in params if p.grad is not None], [self.state[p] for p in params]
         steps, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
-        first, second = (1 - beta ** float(steps[0]) for beta in group["betas"])
+        first, second = ([1 - beta ** float(step) for step in steps] for beta in group["betas"])
         if group["weight_decay"]:
             torch._foreach_mul_(params, [1 - rate * group["weight_decay"] for rate in rates])
         torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
@@ -68,8 +68,9 @@ class Rated(torch.optim.Optimizer):
         torch._foreach_addcmul_(squares, grads, grads, 1 - group["betas"][1])
         # m / first / (sqrt(v / second) + eps), its constants drawn together
         sizes = torch._foreach_sqrt(squares)
-        torch._foreach_add_(sizes, group["eps"] * second**0.5)
-        torch._foreach_addcdiv_(params, means, sizes, [-rate * second**0.5 / first for rate in rates])
+        torch._foreach_add_(sizes, [group["eps"] * share**0.5 for share in second])
+        constants = zip(rates, first, second, strict=True)
+        torch._foreach_addcdiv_(params, means, sizes, [-rate * two**0.5 / one for rate, one, two in constants])
 
 
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:

@@ -147,6 +147,11 @@ class EndToEnd:
             return [self]
         return [self, replace(self, inside=replace(self.inside, base="int8"))]
 
+    @property
+    def spared(self) -> str:
+        """What the next way goes without, in words."""
+        return " and ".join(f"{slot}s" for slot in self.if_room)
+
     def steps_on(self, samples: int) -> int:
         """Optimizer steps for so many samples to train on."""
         if self.steps is not None:

@@ -76,6 +76,7 @@ def _loss_kernel(
 
 def forward(logits: Tensor, labels: Tensor, teacher: Tensor | None, distill: float) -> tuple[Tensor, Tensor]:
     """`planish::token_loss` in one launch; arguments and results as in `token_loss`."""
+    assert teacher is not None or distill == 0
     logits, labels = logits.contiguous(), labels.contiguous()
     teacher = None if teacher is None or distill == 0 else teacher.contiguous()
     loss, grad = logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
