@@ -84,11 +84,11 @@ def start_buffers(model: PreTrainedModel, label: str, stored: Stored) -> None:
             f"the {stored.bytes >> 20} MB that are stored; check its lengths and sizes"
         )
     for part in model.modules():
-        for leaf, buffer in list(part.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(part, leaf, torch.full_like(buffer, _poison(buffer.dtype), device="cpu"))
-                # asks the model to start this module, and no other, again
-                part._is_hf_initialized = False  # type: ignore[assignment]
+        missing = [(leaf, buffer) for leaf, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
+        for leaf, buffer in missing:
+            setattr(part, leaf, torch.full_like(buffer, _poison(buffer.dtype), device="cpu"))
+        # asks the model to start this module, and no other
+        part._is_hf_initialized = not missing  # type: ignore[assignment]
     with reading(f"{label}: transformers can't start the model", "check config.json"):
         model.initialize_weights()
 
