@@ -1,6 +1,7 @@
 """Do other toolkits read what Planish writes? Write checkpoints, load each in its real client, compare logits.
 
-    python tests/interop/run.py MODEL [--environments DIR] [--results FILE] [--only TEXT]
+    python tests/interop/run.py MODEL [--environments DIR] [--results FILE] [--only TEXT] [--group 128]
+        [--bfloat16]
 
 For each case: MODEL is quantized into a format, rounded to nearest or by a few steps of a method that trains,
 loaded on the CPU by a client in an environment of its own, and the client's logits for a fixed prompt are
@@ -119,6 +120,12 @@ CASES = [
          ignore=("k_proj",)),
     Case("compressed_tensors", "w2g64", "compressed-tensors", "transformers", recipe="signround", keys={"steps": 3}),
 ]  # fmt: skip
+
+# what a client rounds to on its way to bf16
+ROUNDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("auto-round", "transformers"): {"through": "float16"},
+    ("compressed-tensors", "transformers"): {"scales": "bfloat16"},
+}  # fmt: skip
 
 
 class Unavailable(Exception):
@@ -242,6 +249,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "planish-interop")
     parser.add_argument("--results", type=Path, default=Path(f"benchmarks/results/interop-{date.today()}.json"))
     parser.add_argument("--only", default="", help="run the cases whose description contains this text")
+    parser.add_argument("--group", type=int, default=64, help="in place of groups of 64, where the model has room")
+    parser.add_argument("--bfloat16", action="store_true", help="for a model that overflows fp16, as Gemma 3 does")
     return parser.parse_args()
 
 
@@ -250,7 +259,10 @@ def main() -> int:
     disable_progress_bar()
     results, found = [], {"torch": torch.__version__, "transformers": version("transformers")}
     report: dict[str, Any] = {"planish": found, "clients": {}, "unavailable": {}}
-    for case in (case for case in CASES if asked.only in str(case)):
+    cases = [replace(case, scheme=case.scheme.replace("g64", f"g{asked.group}")) for case in CASES]
+    if asked.bfloat16:
+        cases = [replace(case, dtype="bfloat16", **ROUNDED.get((case.client, case.route), {})) for case in cases]
+    for case in (case for case in cases if asked.only in str(case)):
         if case.client in report["unavailable"]:
             continue
         client = CLIENTS[case.client]
@@ -266,7 +278,8 @@ def main() -> int:
         outcome = figures.get("error") or f"{figures['relative']:.1e}"
         print(f"{'ok  ' if passed(figures) else 'FAIL'} {outcome} {case}", flush=True)
     heading = {
-        "command": "python tests/interop/run.py MODEL",
+        "command": f"python tests/interop/run.py MODEL --only {asked.only!r} --group {asked.group}"
+        + " --bfloat16" * asked.bfloat16,
         "model": Path(asked.model).name,
         "date": str(date.today()),
         "tolerance": TOLERANCE,

@@ -32,8 +32,8 @@ class SignSGD(torch.optim.Optimizer):
 class Rated(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with a rate for each parameter, in a few launches and a few lines of Python for all.
 
-    torch has a rate a group, and goes through groups one by one: for some hundred matrices, each with a unit of its
-    own, that takes longer than their gradients. A step needs room for one more copy of what is trained.
+    torch has a rate a group, and goes through groups one by one, in Python: some hundred matrices, each with a unit of
+    its own, would be as many groups and launches. A step needs room for one more copy of what is trained.
 
     Args:
         groups: "params", "rates" (one for each of them), "weight_decay"; all are multiplied by the group's `lr`.

@@ -3,9 +3,9 @@
     (1 - distill) * CE(label) + distill * KL(teacher || model)
     d/dlogits = softmax(logits) - (1 - distill) * onehot(label) - distill * softmax(teacher)
 
-By autograd it takes some twenty passes over logits in fp32, which outweigh everything else of a small model's step.
-This definition is for any device; `kernels.triton_loss` registers itself for CUDA, which reads both logits twice and
-writes the gradient once, in their own dtype. Knows nothing of models.
+By autograd each operation is a pass over logits in fp32, which are the largest tensors of a small model's step. This
+definition is for any device; `kernels.triton_loss` registers itself for CUDA, which reads both logits twice and writes
+the gradient once, in their own dtype. Knows nothing of models.
 """
 
 import torch
