@@ -1,6 +1,7 @@
 """Kernels of prefill on a GPU: are they right, how fast are they beside cuBLAS, and how is work best cut?
 
     python benchmarks/prefill.py OUT.json [--check] [--compare] [--tune] [--rows 32,256] [--seconds 540]
+    python benchmarks/prefill.py OUT.json --compare --peers ours,passes,decoded,humming,cublas --rows 17,32,64,256,2048
 
 --check holds the product against fp64 and dequantization against the codec, bit for bit, over bits, groups, grids with
 and without zeros, scales of either sign, dtypes, ragged shapes and every way to cut work; results start as NaN, and
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels
-from kernels import DEVICE, Case, Peer, copies, random_weight, seconds
-from planish.kernels import cuda_dequantize, cuda_gemm, gemv_layout
+from kernels import CUDA, DEVICE, Calls, Case, Peer, copies, random_weight, seconds
+from planish.kernels import cuda_dequantize, cuda_gemm, gemv_layout, humming
 from planish.kernels.cuda_gemm import Settings
 from planish.kernels.cuda_gemv import DTYPES, card_of
 from planish.kernels.gemv_layout import Layout
@@ -35,6 +36,7 @@ from planish.log import versions
 from planish.qtensor import QTensor
 
 SHAPES = [(4096, 4096), (8192, 8192), (28672, 8192), (12288, 4096), (4096, 11008)]  # out x in
+TINY = [(128, 512), (256, 1024)]
 SCHEMES = [(2, 64), (2, 128), (3, 128), (4, 128), (8, 128)]
 ROWS = [32, 64, 256, 2048]
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -47,19 +49,45 @@ def records_of(q: QTensor) -> tuple[Tensor, Layout]:
     weight = Packed.from_qtensor(q)
     layout = gemv_layout.layout_of(weight)
     records = gemv_layout.write_records(weight, layout)
-    torch.cuda.synchronize()  # kernels that overlap read records before kernels ahead of them have ended
+    settle()
     return records, layout
 
 
-def decoded(q: QTensor) -> Peer:
-    held = copies([records_of(q)[0]])
-    layout = gemv_layout.layout_of(Packed.from_qtensor(q))
+def settle() -> None:
+    """Kernels that overlap read records before kernels ahead of them have ended."""
+    if CUDA:
+        torch.cuda.synchronize()
 
-    def once(x: Tensor, records: Tensor) -> Tensor:
-        return functional.linear(x, cuda_dequantize.dequantize(records, layout, x.dtype))
 
-    torch.cuda.synchronize()
-    return Peer(lambda x: [partial(once, x, part) for (part,) in held])
+def forced(q: QTensor, way: str) -> Peer:
+    """Ours by a way of `kernels.cuda_gemm`."""
+    records, layout = records_of(q)
+    held = copies([records])
+    product = partial(cuda_gemm.product, way=way) if CUDA else defined
+    settle()
+    return Peer(lambda x: [partial(product, x, part, None, layout) for (part,) in held])
+
+
+def defined(x: Tensor, records: Tensor, bias: None, layout: Layout) -> Tensor:
+    return cuda_gemm.packed_gemm(x, records, bias, *layout)
+
+
+def humming_op(q: QTensor) -> Peer:
+    if CUDA and not humming.installed():
+        raise ImportError("humming")
+    records, layout = records_of(q)
+    if CUDA:
+        laid = humming.lay_out(records, layout, torch.float16)
+    else:
+        made = humming.parts(records, layout, torch.float16)
+        laid = humming.Laid(made["weight"], made["weight_scale"], made.get("zero_point"))
+    held = copies(laid)
+    settle()
+
+    def calls(x: Tensor) -> Calls:
+        return [partial(humming.humming_gemm, x, records, *part, None, *layout) for part in held]
+
+    return Peer(calls)
 
 
 def cublas_bf16(q: QTensor) -> Peer:
@@ -67,7 +95,14 @@ def cublas_bf16(q: QTensor) -> Peer:
     return Peer(lambda x: [partial(functional.linear, x, weight) for (weight,) in held], torch.bfloat16)
 
 
-PEERS = {"ours-bf16": partial(kernels.ours, dtype=torch.bfloat16), "cublas-bf16": cublas_bf16, "decoded": decoded}
+PEERS = {
+    "ours-bf16": partial(kernels.ours, dtype=torch.bfloat16),
+    "cublas-bf16": cublas_bf16,
+    "decoded": partial(forced, way="decoded"),
+    "passes": partial(forced, way="passes"),
+    "humming": humming_op,
+    "humming-stream-k": kernels.humming,
+}
 
 
 def compile_ahead(wanted: set) -> None:
@@ -78,6 +113,16 @@ def compile_ahead(wanted: set) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: cuda_gemm._compiled(*key), keys))
     print(f"compiled {len(keys)} kernels in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def compile_humming(shapes: list, every: list[int]) -> None:
+    """Humming's kernels within our op, in parallel."""
+    layouts = [Layout(bits, group, True, *shape) for shape, (bits, group) in itertools.product(shapes, SCHEMES)]
+    wanted = list(itertools.product(layouts, {cuda_gemm.rows_of(rows) for rows in every}))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: humming.compiled(key[0], torch.float16, key[1], 0), wanted))
+    print(f"compiled {len(wanted)} of Humming's kernels in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def those_chosen(shapes: list, every: list[int]) -> Iterator[tuple]:
@@ -215,12 +260,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x")
     parser.add_argument("--peers", default="cublas,cublas-bf16,ours,ours-bf16,decoded", help="which to compare")
+    parser.add_argument("--tiny", action="store_true", help="compare small shapes")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many")
     parser.add_argument("--seconds", type=float, default=540, help="start nothing after so long")
     chosen = parser.parse_args()
-    every, rows = not (chosen.check or chosen.compare or chosen.tune), [int(count) for count in chosen.rows.split(",")]
-    shapes, started = SHAPES[: chosen.shapes], time.perf_counter()
-    result: Case = {"about": {"versions": versions(), "device": torch.cuda.get_device_name()}}
+    every = not (chosen.check or chosen.compare or chosen.tune or chosen.tiny)
+    rows, peers = [int(count) for count in chosen.rows.split(",")], chosen.peers.split(",")
+    shapes, started = TINY if chosen.tiny else SHAPES[: chosen.shapes], time.perf_counter()
+    result: Case = {"about": {"versions": versions(), "device": torch.cuda.get_device_name() if CUDA else "cpu"}}
     kernels.PEERS.update(PEERS)
 
     def out_of_time() -> bool:
@@ -229,10 +276,13 @@ def main() -> None:
     if chosen.check or every:
         result["wrong"] = wrong = check(out_of_time)
         print(f"checked after {time.perf_counter() - started:.0f} s; wrong: {len(wrong)}", flush=True)
-    if chosen.compare or every:
-        compile_ahead(set(those_chosen(shapes, rows)))
-        result["cases"] = kernels.compare(chosen.peers.split(","), shapes, rows, out_of_time, SCHEMES)
-        result["dequantize"] = time_dequantize(shapes, out_of_time)
+    if chosen.compare or chosen.tiny or every:
+        if CUDA:
+            compile_ahead(set(those_chosen(shapes, rows)))
+        if CUDA and "humming" in peers and humming.installed():
+            compile_humming(shapes, rows)
+        result["cases"] = kernels.compare(peers, shapes, rows, out_of_time, SCHEMES)
+        result["dequantize"] = time_dequantize(shapes, out_of_time) if CUDA else []
     if chosen.tune or every:
         result["tuned"] = tune(shapes, rows, out_of_time)
     chosen.out.write_text(json.dumps(result, indent=1, default=str) + "\n")

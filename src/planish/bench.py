@@ -187,7 +187,8 @@ def _kernel(layer: PackedLinear | nn.Linear, rows: int, dtype: torch.dtype) -> s
     if isinstance(layer, nn.Linear):
         return f"{str(layer.weight.dtype).removeprefix('torch.')}   dense"
     if layer.records is not None:
-        kernel = "cuda_gemv" if rows <= cuda_gemv.MAX_ROWS else "cuda_gemm"
+        many = "cuda_gemm" if layer.laid is None else "humming"
+        kernel = "cuda_gemv" if rows <= cuda_gemv.MAX_ROWS else many
         joined = "" if layer.siblings is None else f", one of {len(layer.siblings.spans)} joined"
         return f"{layer.scheme}   {kernel}{joined}"
     x = torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.codes.device)

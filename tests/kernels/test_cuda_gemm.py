@@ -11,6 +11,8 @@ import pytest
 import torch
 from emulation import builder, some_nvrtc
 from test_cuda_gemv import (
+    CARDS,
+    ON_GPU,
     ROUNDING,
     activations,
     assert_replays,
@@ -21,8 +23,9 @@ from test_cuda_gemv import (
     make_on_gpu,
     needs_gpu,
 )
+from test_cuda_gemv import assert_near as assert_near_unrounded
 
-from planish.kernels import cuda_dequantize, cuda_gemm, cuda_records, nvrtc, reference
+from planish.kernels import cuda_dequantize, cuda_gemm, cuda_gemv, cuda_records, nvrtc, reference
 from planish.kernels.cuda_gemm import Settings, packed_gemm
 from planish.kernels.cuda_gemv import DTYPES, Card
 from planish.kernels.gemv_layout import Layout, layout_of, write_records
@@ -178,10 +181,36 @@ def test_launches_fit_and_their_blocks_suffice(bits):
         assert cuda_gemm.default_settings(layout, rows, HOPPER) in set(cuda_gemm.candidates())
 
 
-def test_what_the_kernel_cant_do_is_decoded_for_cublas():
-    assert cuda_gemm.choose(Layout(4, 128, True, 64, 264), 100, HOPPER) is not None
-    assert cuda_gemm.choose(Layout(4, 128, True, 64, 260), 100, HOPPER) is None
-    assert cuda_gemm.choose(Layout(4, 128, True, 64, 264), 100, HOPPER._replace(capability=(8, 0))) is None
+def test_what_the_kernel_cant_do_goes_another_way():
+    fits, ragged = Layout(4, 128, True, 64, 264), Layout(4, 128, True, 64, 260)
+    for rows, way in [(17, "passes"), (32, "passes"), (33, "decoded"), (2048, "decoded")]:
+        assert cuda_gemm.choose(fits, rows, HOPPER) is not None and cuda_gemm.way_of(fits, rows, HOPPER) == "kernel"
+        assert cuda_gemm.choose(ragged, rows, HOPPER) is None and cuda_gemm.way_of(ragged, rows, HOPPER) == way
+
+
+@pytest.mark.parametrize("capability", [capability for capability in CARDS if capability != (9, 0)], ids=str)
+def test_other_gpus_pass_few_rows_and_decode_for_more(capability):
+    card, large = HOPPER._replace(capability=capability), Layout(2, 64, True, 28672, 8192)
+    assert cuda_gemm.choose(large, 100, card) is None
+    found = {rows: cuda_gemm.way_of(large, rows, card) for rows in (17, 64, 65, 2048)}
+    assert found == {17: "passes", 64: "passes", 65: "decoded", 2048: "decoded"}
+    assert cuda_gemm.way_of(large._replace(out_features=512), 33, card) == "decoded"  # what is small is read fast
+
+
+@pytest.mark.parametrize("rows", [0, 16, 17, 40])
+def test_passes_are_the_decode_kernels(monkeypatch, rows):
+    q, weight = make((37, 200), 3, 64, False)
+    layout, counts = layout_of(weight), []
+
+    def multiply(x, records, bias, layout, y):
+        counts.append(len(x))
+        y.copy_(cuda_gemv.packed_gemv(x, records, bias, *layout))
+
+    monkeypatch.setattr(cuda_gemv, "multiply", multiply)
+    x, bias = torch.randn(rows, 200).bfloat16(), torch.randn(37).bfloat16()
+    y = cuda_gemm.passes(x, write_records(weight, layout), bias, layout)
+    assert_near(y, x, q, bias) if rows else None
+    assert y.shape == (rows, 37) and counts == [16] * (rows // 16) + [rows % 16] * (rows % 16 > 0)
 
 
 @pytest.mark.skipif(some_nvrtc() is None, reason="needs NVRTC")
@@ -205,6 +234,22 @@ def test_dequantize_on_a_gpu(bits, group, symmetric):
     for shape, dtype in [((70, 1104), DTYPES[0]), ((512, 4096), DTYPES[1]), ((21, 201), DTYPES[0])]:
         q, records = make_on_gpu(shape, bits, group, symmetric)
         assert torch.equal(cuda_dequantize.dequantize(records.tiles, records.layout, dtype), q.dequantize(dtype))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_on_gpu
+def test_passes_on_a_gpu(bits, group, symmetric):
+    for shape, rows, dtype in [((300, 1104), 17, DTYPES[0]), ((520, 4096), 64, DTYPES[1]), ((21, 201), 40, DTYPES[0])]:
+        q, records = make_on_gpu(shape, bits, group, symmetric)
+        x, bias = activations(rows, shape[1], dtype).cuda(), torch.randn(shape[0], device="cuda").to(dtype)
+        torch.full((4 * rows, shape[0]), float("nan"), device="cuda")  # what the allocator gives next
+        y = cuda_gemm.product(x, records.tiles, bias, records.layout, "passes")
+        assert_near_unrounded(y, x, q, bias, ON_GPU)
+        parts = [cuda_gemv.multiply(part, records.tiles, bias, records.layout) for part in x.split(16)]
+        assert torch.equal(y, torch.cat(parts))
+        decoded = cuda_gemm.product(x, records.tiles, bias, records.layout, "decoded")
+        assert_near_unrounded(decoded, x, q, bias, 2**-8)
 
 
 @pytest.mark.gpu

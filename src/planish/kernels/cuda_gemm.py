@@ -3,9 +3,10 @@
     y = x W_hat^T + b,   W_hat = s (Q - z) rounded once to the dtype of x, as the reference rounds it
 
 So a GPU holds a weight once, for decoding and for prefill. On a Hopper GPU the product is a kernel in CUDA C++
-(cuda_gemm.cu and cuda_hopper.cu, which say how it works); elsewhere, and where a table says so, W_hat is decoded by
-another (`cuda_dequantize`) for one call of cuBLAS. How work is cut is static data and a rule; nothing is timed at run
-time. Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
+(cuda_gemm.cu and cuda_hopper.cu, which say how it works). Elsewhere, and where a table says so, rows that aren't many
+go through the decode kernel 16 at a time (which doesn't round W_hat), and for more W_hat is decoded by another kernel
+(`cuda_dequantize`) for one call of cuBLAS. Ways are chosen, and work is cut, by static data and a rule; nothing is
+timed at run time. Sums are in fp32 and in a fixed order, so results repeat bit for bit. Knows nothing of layers.
 """
 
 import ctypes
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planish.kernels import cuda_dequantize, cuda_records, gemv_layout, nvrtc
-from planish.kernels.cuda_gemv import Card, card_of
+from planish.kernels import cuda_dequantize, cuda_gemv, cuda_records, gemv_layout, nvrtc
+from planish.kernels.cuda_gemv import MAX_ROWS, Card, card_of
 from planish.kernels.gemv_layout import TILE, Layout
 
 HOPPER, TARGET = (9, 0), "sm_90a"  # the kernel's instructions are of this architecture only
@@ -48,8 +49,15 @@ class Launch(NamedTuple):
     shared: int
 
 
-# measured by `benchmarks/prefill.py --tune`: by capability, then by (bits, rows_of, out, in); None is cuBLAS. What no
-# table has goes by `clocks`
+# what takes more than 16 rows, by capability, the first that can; "humming" is `kernels.humming`, if it is installed.
+# The kernel is Hopper's and measured there (benchmarks/results/kernels-2026-11-25.json); no other GPU was measured
+WAYS = {HOPPER: ("kernel", "passes", "decoded")}
+ELSEWHERE = ("humming", "passes", "decoded")
+# most passes of the decode kernel, by a weight's size (`cuda_gemv.size_of`). In that file, on an H100, 16 rows of 2 to
+# 4 bits took 9-10, 16-23 and 46-62 us, and 64 rows decoded for cuBLAS 23-24, 75-112 and 366-385
+PASSES = {"small": 2, "medium": 4, "large": 4}
+# measured by `benchmarks/prefill.py --tune`: by capability, then by (bits, rows_of, out, in); None is another way. What
+# no table has goes by `clocks`
 TABLES: dict[tuple[int, int], dict[tuple[int, int, int, int], Settings | None]] = {}
 
 
@@ -86,16 +94,45 @@ def _(x: Tensor, records: Tensor, bias: Tensor | None, *layout) -> Tensor:  # ty
     return product(x, records, bias, Layout(*layout))
 
 
-def product(x: Tensor, records: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """The op on a GPU, by the way that tables or the rule choose."""
-    settings = choose(layout, len(x), card_of(records.device.index or 0))
-    if settings is None or not len(x):
-        return functional.linear(x, cuda_dequantize.dequantize(records, layout, x.dtype), bias)
-    return multiply(x, records, bias, layout, settings)
+def product(x: Tensor, records: Tensor, bias: Tensor | None, layout: Layout, way: str | None = None) -> Tensor:
+    """The op on a GPU, by a way ("kernel", "passes", "decoded") or that which tables and the rule choose."""
+    card = card_of(records.device.index or 0)
+    way = way or way_of(layout, len(x), card)
+    if way == "kernel" and len(x):
+        settings = choose(layout, len(x), card)
+        assert settings is not None, "a way that is forced must be able to"
+        return multiply(x, records, bias, layout, settings)
+    if way == "passes":
+        return passes(x, records, bias, layout)
+    return functional.linear(x, cuda_dequantize.dequantize(records, layout, x.dtype), bias)
+
+
+def passes(x: Tensor, records: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """y [rows, out] of x [rows, in] by the kernel of few rows, MAX_ROWS at a time."""
+    y = x.new_empty(len(x), layout.out_features)
+    for start in range(0, len(x), MAX_ROWS):
+        some = slice(start, start + MAX_ROWS)
+        cuda_gemv.multiply(x[some], records, bias, layout, y=y[some])
+    return y
+
+
+def ways_of(capability: tuple[int, int]) -> tuple[str, ...]:
+    """A GPU's row of WAYS."""
+    return WAYS.get(capability, ELSEWHERE)
+
+
+def way_of(layout: Layout, rows: int, card: Card) -> str:
+    """The first way of ours that can take so many rows."""
+    able = {
+        "kernel": choose(layout, rows, card) is not None,
+        "passes": rows <= MAX_ROWS * PASSES[cuda_gemv.size_of(layout)],
+        "decoded": True,
+    }
+    return next(way for way in ways_of(card.capability) if able.get(way))
 
 
 def choose(layout: Layout, rows: int, card: Card) -> Settings | None:
-    """Settings of the kernel for a product, or None where W_hat is decoded for cuBLAS."""
+    """Settings of the kernel for a product, or None where it isn't taken."""
     if card.capability != HOPPER or layout.in_features % 8:  # a tensor map's rows are multiples of 16 bytes
         return None
     table = TABLES.get(card.capability, {})
@@ -152,6 +189,7 @@ def candidates() -> Iterator[Settings]:
             yield Settings(blocks, columns, split, 4 if columns >= 128 else 8)
 
 
+@functools.lru_cache(maxsize=4096)
 def default_settings(layout: Layout, rows: int, card: Card) -> Settings:
     """The way to cut work that takes the fewest clocks by `clocks`."""
     return min(candidates(), key=lambda settings: clocks(layout, rows, card, settings))

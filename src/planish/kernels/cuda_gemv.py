@@ -184,11 +184,17 @@ def _(x: Tensor, records: Tensor, bias: Tensor | None, *layout) -> Tensor:  # ty
 
 
 def multiply(
-    x: Tensor, records: Tensor, bias: Tensor | None, layout: Layout, settings: Settings | None = None
+    x: Tensor,
+    records: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    settings: Settings | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """The kernel on a GPU: y [rows, out] of x [rows, in], at most MAX_ROWS; `settings` overrule the table."""
+    """The kernel on a GPU: y [rows, out] of x [rows, in], at most MAX_ROWS, written into `y` where it is given;
+    `settings` overrule the table."""
     rows, device = len(x), records.device
-    y = x.new_empty(rows, layout.out_features)
+    y = x.new_empty(rows, layout.out_features) if y is None else y
     card = card_of(device.index or 0)
     shape = plan(layout, rows, card, settings or settings_for(layout, rows, card.capability))
     slices, (warps, *_, apart, overlap) = shape.grid[1], shape.settings

@@ -3,10 +3,11 @@
     y = x W_hat^T + b,   W_hat = s * (Q - z) + o
 
 The weight is held as codes, with scale and zero beside them, or as records, which decode kernels read
-(`to_records`, `to_codes`); never as both. Of codes, which kernel multiplies is chosen call by call
-(`planish.kernels.choose`); one that wants the weight in a layout of its own makes it at its first call. Where the
-codes' columns have an order of their own, x is put in that order first, and no kernel knows. Scale and zero can
-be made trainable, the codes never are. Knows nothing of how the codes were found, nor of files.
+(`to_records`, `to_codes`); never as both. Beside records it may lie as Humming reads it (`lay_out`). Of codes, which
+kernel multiplies is chosen call by call (`planish.kernels.choose`); one that wants the weight in a layout of its own
+makes it at its first call. Where the codes' columns have an order of their own, x is put in that order first, and no
+kernel knows. Scale and zero can be made trainable, the codes never are. Knows nothing of how the codes were found, nor
+of files.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError, nearest
-from planish.kernels import choose, cpu, int8, train
+from planish.kernels import choose, cpu, humming, int8, train
 from planish.kernels.gemv_layout import Layout
 from planish.kernels.pack import Packed
 from planish.kernels.records import Records, Weight, multiply
@@ -98,6 +99,7 @@ class PackedLinear(nn.Module):
             setattr(self, name, getattr(weight, name, None))
         self.siblings: Siblings | None = None
         self.span: tuple[int, int] | None = None  # of its outputs among the siblings'
+        self.laid: humming.Laid | None = None
         self._cache: dict[str, Tensor] = {}
 
     def to_records(self) -> bool:
@@ -116,6 +118,12 @@ class PackedLinear(nn.Module):
         """Hold the weight as codes, scale and zero; bit for bit those that records were made of."""
         if self.records is not None:
             self._hold(self.packed)
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Hold records for Humming too, where tables have it take many rows of activations of `dtype`."""
+        if self.records is not None and self.laid is None:
+            assert self.layout is not None
+            self.laid = humming.hold(self.records, self.layout, dtype)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -216,13 +224,14 @@ class PackedLinear(nn.Module):
             if y is not None:
                 return y
         learns = train.supports(None, x)
-        if self.siblings is not None and not learns:
+        laid = self.laid if humming.takes(self.laid, x) else None
+        if self.siblings is not None and not learns and laid is None:
             return self.siblings.product(self, x)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.records is not None and not learns:
             assert self.layout is not None
-            return multiply(x, self.records, self.layout, self.bias)
+            return multiply(x, self.records, self.layout, self.bias, laid)
         weight = self._weight(self.scale, self.zero) if self.records is None else replace(self.packed, order=None)
         kernel = train if self.trainable else choose(weight, x)
         return kernel.matmul(x, weight, self.bias, self._cache)
@@ -253,11 +262,11 @@ class PackedLinear(nn.Module):
         before = self.records
         super()._apply(move, recurse)
         if self.records is not before:
-            self.siblings = None
+            self.siblings = self.laid = None
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._cache = {}
+        self._cache, self.laid = {}, None
         if f"{prefix}codes" in state_dict:
             self.to_codes()
         elif f"{prefix}records" in state_dict:

@@ -2,7 +2,7 @@
 
     records = Records.of(stream)     what `gemv_layout.write_records` makes of the same weight, bit for bit
     records.qtensor()                the QTensor it was, exactly
-    multiply(x, records)             by a decode kernel for few rows, by a product for many
+    multiply(x, records)             by a decode kernel for few rows, by a product for many, ours or Humming's
 
 They are made of the bit stream that files hold, on the GPU and, but for 3 bits, without unpacking a code: neighbours
 lie together in the stream, and in the two halves of a record's word. They are carried there together, and parted then
@@ -18,6 +18,7 @@ from torch.nn import functional
 from planish.bitstream import Stream
 from planish.kernels import cuda_gemm, cuda_gemv, gemv_layout
 from planish.kernels.gemv_layout import STEP, TILE, Layout
+from planish.kernels.humming import Laid, humming_gemm
 from planish.kernels.pack import Packed
 from planish.qtensor import QTensor
 
@@ -78,11 +79,14 @@ def reads(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in cuda_gemv.DTYPES and cuda_gemv._runs_on(device.index or 0)
 
 
-def multiply(x: Tensor, tiles: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times the weight of records -> [..., out], in the dtype of x; no gradient."""
+def multiply(x: Tensor, tiles: Tensor, layout: Layout, bias: Tensor | None = None, laid: Laid | None = None) -> Tensor:
+    """x [..., in] times the weight of records -> [..., out], in the dtype of x; no gradient. By Humming where it is
+    laid out for that too, and `humming.takes` it."""
     rows = x.reshape(-1, layout.in_features)
     bias = None if bias is None else bias.to(x.dtype)
-    if x.dtype not in cuda_gemv.DTYPES:
+    if laid is not None:
+        y = humming_gemm(rows, tiles, *laid, bias, *layout)
+    elif x.dtype not in cuda_gemv.DTYPES:
         y = functional.linear(rows, gemv_layout.read_records(tiles, layout).dequantize(x.dtype), bias)
     else:
         few = 0 < rows.shape[0] <= cuda_gemv.MAX_ROWS

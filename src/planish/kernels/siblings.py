@@ -133,7 +133,7 @@ def settle(model: Model) -> Model:
 
 
 def join(model: nn.Module) -> None:
-    """Join the siblings among layers that are held as records."""
+    """Join the siblings among layers that are held as records; where Humming takes many rows, lay them out for it."""
     for members in _given_the_same(model):
         kinds: dict[object, list[PackedLinear]] = {}
         for member in members:
@@ -144,6 +144,9 @@ def join(model: nn.Module) -> None:
         for alike in kinds.values():
             if len(alike) > 1:
                 Siblings(alike)
+    dtype = _dtype(model)
+    for member in packed_layers(model).values():
+        member.lay_out(dtype)
     for device in {member.records.device for member in packed_layers(model).values() if member.records is not None}:
         if device.type == "cuda":  # a kernel that overlaps reads records before the kernels ahead of it have ended
             torch.cuda.synchronize(device)
@@ -174,7 +177,7 @@ def _given_the_same(model: nn.Module) -> list[list[PackedLinear]]:
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy that takes no memory."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Tensor | None] = {id(layer.laid): None for layer in packed_layers(model).values()}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
