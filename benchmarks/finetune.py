@@ -13,7 +13,8 @@ a folder for what rows share (text, models to start from, adapters). A row is NA
 
 lora and qlora take rate=, rank= and alpha=. All train on the same windows for the same epochs, on answers only. The
 loss is the mean over the tokens of answers held out; accuracy the share of questions whose final number is exact, by
-greedy decoding. Both are of a valid split cut from train by a seed; --texts test measures GSM8K's test set too, once.
+greedy decoding. Both are of a valid split cut from train by a seed; with --texts test accuracy is of GSM8K's test set, and
+the loss of both, once.
 Each row is written as soon as it is had, and rows that OUT.json holds aren't run again.
 """
 
@@ -279,7 +280,7 @@ def measure(bench: Bench, row: str) -> dict[str, Any]:
     began = time.perf_counter()
     for name in ("valid", "test") if bench.args.texts == "test" else ("valid",):
         facts[f"{name}_loss"] = round(bench.loss(model, name), 4)
-        if bench.args.questions:
+        if bench.args.questions and name == bench.args.texts:
             share, error = bench.accuracy(model, name)
             facts |= {f"{name}_accuracy": round(share, 4), f"{name}_stderr": round(error, 4)}
     return {**facts, "evaluation_seconds": round(time.perf_counter() - began, 1)}

@@ -252,7 +252,7 @@ def test_memory_that_runs_out(tmp_path: Path, lean: bool, monkeypatch: pytest.Mo
         tried.append(setting.micro_batch)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(tune_module, "finetune_lean" if lean else "finetune", full)
+    monkeypatch.setattr("planish.tune.finetune_lean" if lean else "planish.fit.finetune.finetune", full)
     said = "even one block at a time; use shorter" if lean else r"even one sample at a time; train lean \(--lean\)"
     with pytest.raises(PlanishError, match=said):
         tune(packed, stage(), IDS, IDS, None, setting(tmp_path, lean=lean))

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from planish.arch import discover, linears
 from planish.bitstream import Stream
 from planish.errors import PlanishError
-from planish.fit.finetune import finetune
 from planish.fit.lean_loop import finetune_lean
 from planish.fit.objective import Objective, logits_of
 from planish.fit.reconstruct import Outcome
@@ -180,6 +179,7 @@ def _by_trainer(
     setting: Setting,
 ) -> Outcome:
     """With half as many samples in a pass, from the start, whenever memory runs out."""
+    from planish.fit.finetune import finetune  # here, not above: who loads a model needn't wait for the Trainer
     members = [parameter for slot in parameters.values() for parameter, _ in slot]
     start = [parameter.detach().to("cpu", copy=True) for parameter in members]
     while True:

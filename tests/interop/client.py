@@ -6,9 +6,11 @@ ROUTE: `transformers` (AutoModelForCausalLM, the loader that config.json names),
 same, a GPTQ checkpoint read by auto-round through AutoRoundConfig), `dequantize` (the same, compressed-tensors
 turned into a plain model while it is loaded) or `gptqmodel` (its own loader).
 PROMPT is JSON: {"ids": [...], "dtype": "float16"}. LOGITS is a safetensors file whose metadata name the
-classes that stood in for the linears. Knows nothing of Planish.
+classes that stood in for the linears, and have a hash of the weight of each linear that is a plain one by then.
+Knows nothing of Planish.
 """
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -40,7 +42,12 @@ def main(route: str, folder: str, prompt: str, logits: str) -> None:
     marks = ("qweight", "quantization_scheme")  # of GPTQ's kin, of compressed-tensors'
     packed = [module for module in model.modules() if any(hasattr(module, mark) for mark in marks)]
     kinds = Counter(type(module).__name__ for module in packed)
-    found = {"layers": json.dumps(kinds), "dtype": str(output.dtype).removeprefix("torch.")}
+    weights = {
+        name: hashlib.sha256(module.weight.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and getattr(module, "weight", None) is not None
+    }
+    found = {"layers": json.dumps(kinds), "weights": json.dumps(weights)}
     save_file({"logits": output.float().contiguous()}, logits, metadata=found)
 
 

@@ -176,9 +176,26 @@ def test_only_those_that_agree_and_fill_whole_tiles():
 
 def test_a_model_that_cannot_run_without_numbers_is_joined_as_far_as_it_comes():
     model = packed_llama()
+    model.model.layers[1].mlp.act_fn = nn.Tanh()  # no other block stands for it
     model.model.layers[1].register_forward_pre_hook(lambda _, args: bool(args[0].sum()))
     join(model)
     assert [block.mlp.up_proj.siblings is not None for block in model.model.layers] == [True, False]
+
+
+def test_one_of_the_blocks_that_are_alike_is_run():
+    model = packed_llama(num_hidden_layers=6)
+    layers, ran = model.model.layers, []
+    layers[2].mlp.act_fn = nn.Tanh()
+    layers[3].self_attn.k_proj = nn.Linear(64, 32, dtype=torch.bfloat16)
+    for index, block in enumerate(layers):  # the copy's hook is this one
+        block.register_forward_pre_hook(lambda _, args, index=index: ran.append(index))
+    join(model)
+    assert ran == [0, 2, 3]
+    for index, block in enumerate(layers):
+        q, k, v = (getattr(block.self_attn, f"{part}_proj") for part in "qkv")
+        assert q.siblings is v.siblings is not None and block.mlp.gate_proj.siblings is block.mlp.up_proj.siblings
+        assert index == 3 or k.siblings is q.siblings
+    assert len({block.self_attn.q_proj.siblings for block in layers}) == 6
 
 
 def products(model, ids, pass_=None):

@@ -13,9 +13,10 @@ the compiler then makes one.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -153,35 +154,51 @@ def join(model: nn.Module) -> None:
 
 
 def _given_the_same(model: nn.Module) -> list[list[PackedLinear]]:
-    """Layers held as records, by the tensor they are given in a pass of one token, on meta."""
+    """Layers held as records, by the tensor they are given in a pass of one token, on meta; one block for its kin."""
     held = {name: layer for name, layer in packed_layers(model).items() if layer.records is not None}
-    given: dict[tuple[int, int], tuple[Tensor, list[PackedLinear]]] = {}  # holds tensors, so that no id comes twice
+    given: dict[tuple[int, int], tuple[Tensor, dict[str, None]]] = {}  # holds tensors, so that no id comes twice
     if not held:
         return []
-    twin = _on_meta(model)
-    for name, layer in held.items():
+    kin = _alike(model, held)
+    twin = _on_meta(model, [other for _, *others in kin for other in others])
 
-        def see(_: nn.Module, args: tuple[Tensor, ...], layer: PackedLinear = layer) -> None:
-            found = given.setdefault((id(args[0]), args[0]._version), (args[0], []))[1]
-            if layer not in found:
-                found.append(layer)
+    def see(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given.setdefault((id(args[0]), args[0]._version), (args[0], {}))[1][name] = None
 
-        twin.get_submodule(name).register_forward_pre_hook(see)
-    try:
-        with torch.no_grad():  # with a cache: without one, masks ask for positions' numbers
-            twin(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True)
-    except Exception:  # noqa: BLE001  (what can't run without numbers is joined as far as it came)
-        pass
-    return [layers for _, layers in given.values()]
+    for name, layer in twin.named_modules():
+        if name in held:
+            layer.register_forward_pre_hook(partial(see, name))
+    with suppress(Exception), torch.no_grad():  # what can't run without numbers is joined as far as it came
+        twin(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True)  # else masks ask for them
+    found = []
+    for _, names in given.values():
+        blocks = next((blocks for blocks in kin if all(name.startswith(f"{blocks[0]}.") for name in names)), [""])
+        found += [[held[block + name.removeprefix(blocks[0])] for name in names] for block in blocks]
+    return found
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy that takes no memory."""
-    memo: dict[int, Tensor | None] = {id(layer.laid): None for layer in packed_layers(model).values()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+def _alike(model: nn.Module, held: Iterable[str]) -> list[list[str]]:
+    """Names of blocks, those made of the same modules together: what one of them shows is true of all."""
+    kinds, outer = dict[object, list[str]](), "-"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(f"{outer}."):
+            outer = name
+            for number, block in module.named_children():
+                parts = [(part, type(kind), f"{name}.{number}.{part}" in held) for part, kind in block.named_modules()]
+                kinds.setdefault((name, *parts), []).append(f"{name}.{number}")
+    return list(kinds.values())
+
+
+def _on_meta(model: nn.Module, without: Iterable[str]) -> nn.Module:
+    """A copy that takes no memory; of its lists some members are left out, and the others keep their names."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, object] = {id(tensor): tensor.to("meta") for tensor in tensors}
+    memo |= {id(layer.laid): None for layer in packed_layers(model).values()}
+    memo |= {id(model.get_submodule(name)): None for name in without}
+    twin = copy.deepcopy(model, memo)
+    for name in without:
+        del twin.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]]
+    return twin
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
