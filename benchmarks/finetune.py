@@ -13,8 +13,8 @@ a folder for what rows share (text, models to start from, adapters). A row is NA
 
 lora and qlora take rate=, rank= and alpha=. All train on the same windows for the same epochs, on answers only. The
 loss is the mean over the tokens of answers held out; accuracy the share of questions whose final number is exact, by
-greedy decoding. Both are of a valid split cut from train by a seed; with --texts test accuracy is of GSM8K's test set, and
-the loss of both, once.
+greedy decoding. Both are of a valid split cut from train by a seed; with --texts test accuracy is of GSM8K's test set,
+and the loss of both, once.
 Each row is written as soon as it is had, and rows that OUT.json holds aren't run again.
 """
 

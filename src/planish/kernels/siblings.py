@@ -181,7 +181,7 @@ def _alike(model: nn.Module, held: Iterable[str]) -> list[list[str]]:
     """Names of blocks, those made of the same modules together: what one of them shows is true of all."""
     kinds, outer = dict[object, list[str]](), "-"
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not name.startswith(f"{outer}."):
+        if name and isinstance(module, nn.ModuleList) and not name.startswith(f"{outer}."):
             outer = name
             for number, block in module.named_children():
                 parts = [(part, type(kind), f"{name}.{number}.{part}" in held) for part, kind in block.named_modules()]
