@@ -6,13 +6,14 @@
 A SETTING is recipe:scheme:key=value,key=value, such as signround:w4g128:steps=50. Each is predicted in a process of
 its own and then run in another. Memory of the GPU is torch's; of the host it is that which no file backs (RssAnon of
 /proc/PID/status, every 10 ms), and beside it all private memory (smaps_rollup). Seconds are those of the whole
-`quantize_to`, the text tokenized before; without Python's own start. random-llama2-7b is a folder made on the fly, with
-a 7B model's shapes and as many blocks as asked for. Linux only.
+`quantize_to`, the text tokenized before; without Python's own start. Nothing is found compiled, as in a first run.
+random-llama2-7b is a folder made on the fly, with a 7B model's shapes and as many blocks as asked for. Linux only.
 """
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -95,15 +96,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def child(what: str, job: dict[str, Any]) -> dict[str, Any]:
     """Predict or run in a process of its own, whose memory is watched."""
     peaks = {"anonymous": 0, "private": 0}
-    process = subprocess.Popen([sys.executable, __file__, "--child", what, json.dumps(job)], stdout=subprocess.PIPE)
-    while process.poll() is None:
-        for key, value in memory_of(process.pid).items():
-            peaks[key] = max(peaks[key], value)
-        time.sleep(0.01)
-    assert process.stdout is not None
-    if process.returncode:
-        raise SystemExit(f"{what} of {job['setting']} failed")
-    return {**json.loads(process.stdout.read()), **peaks}
+    command = [sys.executable, __file__, "--child", what, json.dumps(job)]
+    with tempfile.TemporaryDirectory() as compiled:  # else a run would find what its forecast compiled
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{compiled}/inductor", "TRITON_CACHE_DIR": f"{compiled}/triton"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **caches})
+        while process.poll() is None:
+            for key, value in memory_of(process.pid).items():
+                peaks[key] = max(peaks[key], value)
+            time.sleep(0.01)
+        assert process.stdout is not None
+        if process.returncode:
+            raise SystemExit(f"{what} of {job['setting']} failed")
+        return {**json.loads(process.stdout.read()), **peaks}
 
 
 def memory_of(pid: int) -> dict[str, int]:

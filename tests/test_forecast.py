@@ -12,11 +12,12 @@ from torch import nn
 
 import planish
 from planish import qtensor
+from planish.checkpoint import CheckpointWriter
 from planish.errors import PlanishError
 from planish.fit.spans import Stage
 from planish.forecast import CONTEXT, forecast, parse_size, seconds_of
 from planish.formats import FORMATS
-from planish.needs import Case, disk_of, needs_of
+from planish.needs import Case, _at_the_end, disk_of, needs_of
 from planish.plan import MARGIN, Room, duration
 from planish.probe import Pace
 from planish.quant import activation, search
@@ -162,6 +163,23 @@ def test_streams_are_where_the_plan_has_them(tiny_llama: Tiny) -> None:
     assert on_host.host - on_gpu.host > both
     assert on_disk.gpu == on_host.gpu and on_disk.files == both and on_host.files == 0
     assert on_gpu.problem == on_host.problem == on_disk.problem == ""
+
+
+def test_shards_wait_as_the_writer_has_them(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve(tiny_llama(), "rtn", "w4g32")
+    disk = disk_of(resolved)
+    for limit in (1, 5_000, 20_000, 1 << 29):
+        most, writer = 0, CheckpointWriter(tmp_path / str(limit), shard_bytes=limit)
+        with writer:
+            for number, size in enumerate((*disk.layers.values(), *disk.others.values())):
+                most = max(most, writer._pending_bytes + size)
+                writer.add(str(number), torch.empty(size, dtype=torch.uint8))
+            writer.finish({})
+        monkeypatch.setattr("planish.needs.SHARD", limit)
+        monkeypatch.setattr("planish.needs.HEAP", 1)
+        assert _at_the_end(case(resolved), 0) == most
 
 
 def test_passes_are_halved_before_a_run_is_refused(tiny_llama: Tiny) -> None:

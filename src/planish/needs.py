@@ -316,10 +316,12 @@ def _small(case: Case) -> int:
 
 
 def _at_the_end(case: Case, small: int) -> int:
-    """Host memory while what isn't quantized is written: a shard, the tensor that fills it, the heap with its holes."""
-    sizes = [*case.disk.layers.values(), *case.disk.others.values()]
-    heap = (_heap(case) - 1) * min(_small(case), SHARD) + _heap(case) * small
-    return round(min(sum(sizes), SHARD + max(sizes)) + heap)
+    """Host memory while shards are written: what waits for one, the tensor that fills it, the heap with its holes."""
+    waiting = most = 0
+    for size in (*case.disk.layers.values(), *case.disk.others.values()):
+        most = max(most, waiting + size)
+        waiting = size if waiting + size > SHARD else waiting + size  # as `CheckpointWriter.add` has it
+    return round(most + (_heap(case) - 1) * min(_small(case), SHARD) + _heap(case) * small)
 
 
 @dataclass(frozen=True)
