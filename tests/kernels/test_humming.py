@@ -86,21 +86,22 @@ def test_who_takes_many_rows_is_a_table():
 
 @pytest.mark.parametrize("capability", CARDS, ids=str)
 def test_it_is_taken_where_it_is_installed_and_the_table_says_so(monkeypatch, capability):
-    records, layout = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), Layout(2, 64, True, 256, 256)
+    records, layout = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), Layout(2, 64, True, 8192, 8192)
     monkeypatch.setattr(humming, "card_of", lambda _: A100._replace(capability=capability))
     monkeypatch.setattr(humming, "lay_out", lambda *given: given)
     monkeypatch.setattr(humming, "installed", lambda: True)
     found = humming.hold(records, layout, torch.float16)
     assert found == (None if capability == (9, 0) else (records, layout, torch.float16))
-    for ragged in (layout._replace(out_features=264), layout._replace(in_features=192)):
-        assert humming.hold(records, ragged, torch.float16) is None
+    ragged = layout._replace(out_features=8200), layout._replace(in_features=8256)
+    for other in (*ragged, layout._replace(out_features=2048)):  # the last is small
+        assert humming.hold(records, other, torch.float16) is None
     assert humming.hold(records, layout, torch.float32) is None
     monkeypatch.setattr(humming, "installed", lambda: False)
     assert humming.hold(records, layout, torch.float16) is None
 
 
 def test_one_that_fails_is_said_and_done_without(monkeypatch):
-    records, layout = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), Layout(2, 64, True, 256, 256)
+    records, layout = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0)), Layout(2, 64, True, 8192, 8192)
     monkeypatch.setattr(humming, "card_of", lambda _: A100)
     monkeypatch.setattr(humming, "installed", lambda: True)
     monkeypatch.setattr(humming, "lay_out", lambda *_: exec("raise RuntimeError('no compiler')"))
@@ -132,7 +133,7 @@ def layers(count=2):
 
 
 def test_a_layer_so_laid_out_gives_it_many_rows_and_no_others(taken):
-    model, many, few = layers(), torch.randn(3, 6, 256).bfloat16(), torch.randn(16, 256).bfloat16()
+    model, many, few = layers(), torch.randn(5, 8, 256).bfloat16(), torch.randn(32, 256).bfloat16()
     expected, before = [[layer(x) for x in (many, few)] for layer in model], dict(model.state_dict())
     Siblings(list(model))
     join(model)
@@ -140,21 +141,21 @@ def test_a_layer_so_laid_out_gives_it_many_rows_and_no_others(taken):
         assert torch.equal(layer(many), of_many)
         assert (layer(few) - of_few).abs().max() <= 2**-7 * of_few.abs().max()  # with siblings: a bias comes later
         assert layer(many.half()).dtype == torch.float16  # laid out for another dtype
-    assert taken == [18, 18]  # each by its own weight
+    assert taken == [40, 40]  # each by its own weight
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_it_is_forgotten_with_its_weight(taken):
-    model, x = layers(1), torch.randn(20, 256).bfloat16()
+    model, x = layers(1), torch.randn(40, 256).bfloat16()
     join(model)
     expected, copied = model[0](x), copy.deepcopy(model)
-    assert torch.equal(copied[0](x), expected) and taken == [20, 20]
+    assert torch.equal(copied[0](x), expected) and taken == [40, 40]
     other = layers(2)[1]
     model[0].load_state_dict(other.state_dict())
     assert model[0].laid is None and torch.equal(model[0](x), other(x))
     join(model)
-    assert torch.equal(model[0](x), other(x)) and taken == [20] * 3
+    assert torch.equal(model[0](x), other(x)) and taken == [40] * 3
     assert model.half()[0].laid is not None and model.to("meta")[0].laid is None
     copied[0].to_codes()
     assert copied[0].laid is None and copied[0](x).shape == expected.shape
@@ -169,7 +170,7 @@ def test_torch_traces_it(taken):
         return graph.forward
 
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
-    for rows in (20, 300):
+    for rows in (40, 300):
         x = torch.randn(rows, 256).bfloat16()
         assert torch.equal(compiled(x), model(x))
     assert len(found) == 2

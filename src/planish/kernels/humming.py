@@ -26,12 +26,15 @@ from torch.nn import functional
 
 from planish import bitstream
 from planish.kernels import cuda_gemm, gemv_layout
-from planish.kernels.cuda_gemv import DTYPES, MAX_ROWS, card_of
+from planish.kernels.cuda_gemv import DTYPES, MAX_ROWS, card_of, size_of
 from planish.kernels.gemv_layout import Layout
 
 TOLERANCE = 2**-8  # of |x| |W_hat|^T + |b|, element by element: roundings of s, W_hat and y in bf16
 GROUP = 128  # inputs of a group, at most
 MULTIPLE = 128  # of outputs and inputs: what its rules for all GPUs can cut
+# weights (`cuda_gemv.size_of`) and rows that others are as fast for, or faster: small ones decoded for cuBLAS, and two
+# passes of the decode kernel. Measured where it was forced, on an H100: benchmarks/results/prefill-2026-11-26.json
+SIZES, FEW = ("medium", "large"), 2 * MAX_ROWS
 
 
 class Laid(NamedTuple):
@@ -90,7 +93,7 @@ def _(x: Tensor, records: Tensor, weight: Tensor, scale: Tensor, zero, bias, *la
 
 def takes(laid: Laid | None, x: Tensor) -> bool:
     """Whether x [..., in] is a product for a weight so laid out."""
-    return laid is not None and laid.scale.dtype == x.dtype and x.numel() > MAX_ROWS * x.shape[-1]
+    return laid is not None and laid.scale.dtype == x.dtype and x.numel() > FEW * x.shape[-1]
 
 
 def hold(records: Tensor, layout: Layout, dtype: torch.dtype) -> Laid | None:
@@ -113,8 +116,8 @@ def installed() -> bool:
 
 
 def supports(layout: Layout) -> bool:
-    """Outputs and inputs in whole tiles, whatever bits and groups."""
-    return layout.out_features % MULTIPLE == 0 and layout.in_features % MULTIPLE == 0
+    """Outputs and inputs in whole tiles, whatever bits and groups; no small weight."""
+    return size_of(layout) in SIZES and layout.out_features % MULTIPLE == 0 and layout.in_features % MULTIPLE == 0
 
 
 def lay_out(records: Tensor, layout: Layout, dtype: torch.dtype) -> Laid:
