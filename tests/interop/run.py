@@ -133,6 +133,8 @@ ROUNDED: dict[tuple[str, str], dict[str, Any]] = {
     ("auto-round", "transformers"): {"through": "float16"},
     ("compressed-tensors", "transformers"): {"scales": "bfloat16"},
     ("compressed-tensors", "dequantize"): {"through": "float16"},
+    ("gptqmodel", "transformers"): {"dtype": "float32", "through": "float16"},
+    ("gptqmodel", "gptqmodel"): {"dtype": "float32", "through": "float16", "route": "transformers"},
 }  # fmt: skip
 
 
