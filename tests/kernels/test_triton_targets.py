@@ -14,9 +14,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from planish.kernels import fakequant, merged, triton_loss, triton_train  # noqa: E402
+from planish.kernels import fakequant, merged, tokens, triton_loss, triton_train  # noqa: E402
 
-SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB that a block may have; 86 has what 89 has
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB that a block may have
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",
          torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -79,6 +79,12 @@ def factors(rank, group, int8):
     merged.add_backward(torch.zeros(64, 256, dtype=torch.bfloat16), *parts, grid, grid, 4)
 
 
+def rounded_tokens():
+    x = torch.zeros(4, 576, dtype=torch.bfloat16)
+    tokens.forward(x, 4, False)
+    tokens.backward(x, x, 4, False)
+
+
 def next_tokens():
     logits, labels = torch.zeros(4, 49152, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     triton_loss.forward(logits, labels, logits, 0.5)
@@ -89,6 +95,7 @@ CASES = {
     "training, w3g128": lambda: training(3, 128),
     "training in fp32, w4g32": lambda: training(4, 32, torch.float32),
     "fake quantizer": lambda: rounding(128),
+    "rounded tokens": rounded_tokens,
     "loss of next tokens": next_tokens,
     "factors, int8": lambda: factors(4, 64, True),
 }
