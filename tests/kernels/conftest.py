@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -20,6 +21,14 @@ def interpreted(request):
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile for a test that counts on it: it compiles one function so often only, over all tests."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=INTERPRETED)

@@ -161,7 +161,7 @@ def test_it_is_forgotten_with_its_weight(taken):
     assert copied[0].laid is None and copied[0](x).shape == expected.shape
 
 
-def test_torch_traces_it(taken):
+def test_torch_traces_it(taken, compiler):
     model, found = layers(1)[0], []
     model.lay_out(torch.bfloat16)
 
@@ -169,7 +169,7 @@ def test_torch_traces_it(taken):
         found.extend(str(node.target) for node in graph.graph.nodes if "humming" in str(node.target))
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    compiled = compiler(model, fullgraph=True, backend=backend, dynamic=False)
     for rows in (40, 300):
         x = torch.randn(rows, 256).bfloat16()
         assert torch.equal(compiled(x), model(x))

@@ -251,9 +251,9 @@ def test_torch_compile_traces_a_trained_layer_whole(layer):
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_torch_compile_traces_it_whole(layer, rows):
+def test_torch_compile_traces_it_whole(layer, rows, compiler):
     x = torch.randn(rows, 64).bfloat16()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = compiler(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), functional.linear(x, layer.qtensor().dequantize(x.dtype), layer.bias))
 
 
