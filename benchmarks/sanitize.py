@@ -29,13 +29,12 @@ from planish.log import versions
 ROOT = Path(__file__).resolve().parent.parent
 CAPTURES = "not graph and not captured and not compile and not speed"
 TESTS = {  # file: which of its tests; long ones come first
-    "test_cuda_gemm": "kernel_on_a_gpu",
+    "test_cuda_gemm": "kernel_on_a_gpu or dequantize_on_a_gpu",
     "test_cuda_gemv": "on_a_gpu or thread",
     "test_train": "asym-2 or asym-3-torch.bfloat16 or offset or no_tokens",
     "test_int8": CAPTURES,
     "test_cuda_attend": "on_a_gpu",
     "test_merged": CAPTURES,
-    "test_cuda_gemm ": "dequantize",
     "test_token_loss": CAPTURES,
     "test_records": "on_a_gpu",
     "test_tokens": f"{CAPTURES} and 4",
@@ -47,7 +46,7 @@ COUNT = re.compile(r"(\d+ (?:passed|failed|skipped|error).*) in ")
 
 def watched(tool: str, name: str, seconds: float) -> dict[str, Any]:
     """One file's tests under one tool."""
-    file, began = ROOT / "tests/kernels" / f"{name.strip()}.py", time.perf_counter()
+    file, began = ROOT / "tests/kernels" / f"{name}.py", time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", str(log)]

@@ -180,6 +180,7 @@ def _by_trainer(
 ) -> Outcome:
     """With half as many samples in a pass, from the start, whenever memory runs out."""
     from planish.fit.finetune import finetune  # here, not above: who loads a model needn't wait for the Trainer
+
     members = [parameter for slot in parameters.values() for parameter, _ in slot]
     start = [parameter.detach().to("cpu", copy=True) for parameter in members]
     while True:

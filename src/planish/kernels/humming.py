@@ -1,4 +1,4 @@
-"""Prefill by Humming (`pip install 'planish[cuda]'`): more than 16 rows times packed weights of 2, 3, 4 or 8 bits.
+"""Prefill by Humming (`pip install 'planish[cuda]'`): many rows times large packed weights of 2, 3, 4 or 8 bits.
 
     y = x W_hat^T + b,   W_hat = s (Q - z) rounded once to the dtype of x, as the reference rounds it
 
