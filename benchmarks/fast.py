@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import beside
 import torch
 from compare import tokens_of, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -46,22 +47,9 @@ def hqq(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
 
 
 def auto_round(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
-    import auto_round.calib_dataset as calibration
-    from auto_round import AutoRound
-    from auto_round.schemes import QuantizationScheme
-
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = join_rows((args.data / "wiki.train.part.raw").read_text(encoding="utf-8"))
-    parts = windows([tokens_of(tokenizer, text)], 64, 512, 0).split(8)
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
-    calibration.get_dataloader = lambda *given, **more: batches
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    how = QuantizationScheme(bits=scheme.bits, group_size=scheme.group_size, sym=True, data_type="int", act_bits=16)
-    made, _ = AutoRound(
-        model, tokenizer, scheme=how, iters=0, nsamples=64, seqlen=512, batch_size=8, dataset="given",
-        device_map=args.device,
-    ).quantize()  # fmt: skip
-    return made.to(args.device)
+    return beside.auto_round(args.model, scheme, windows([tokens_of(tokenizer, text)], 64, 512, 0), 0, args.device)
 
 
 PEERS = {"planish": ours, "hqq": hqq, "auto-round": auto_round}
