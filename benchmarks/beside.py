@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="short windows and a step or two: a dry run")
     args = parser.parse_args()
     seqlen, limit = (64, 2) if args.tiny else (SEQLEN, None)
-    args.questions = 3 if args.tiny else args.questions
+    args.questions = 3 if args.tiny and args.questions is None else args.questions
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     first = torch.tensor([tokenizer.bos_token_id] if args.bos else [], dtype=torch.int64)
 
