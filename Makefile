@@ -1,5 +1,5 @@
 # make demo           quantize SmolLM2-135M-Instruct to 4, 3 and 2 bits and compare (10 minutes on 2 cores)
-# make test           every test that takes seconds (15 minutes in all on 2 cores)
+# make test           every test that takes seconds (10 minutes in all on 2 cores)
 # make test-all       ... and those that take minutes
 # make test-interop   do other toolkits read what we write? (makes environments of their own)
 # make fuzz           thousands of damaged checkpoints: each loads or is refused by one line (10 minutes)
@@ -24,8 +24,9 @@ demo: $(VENV)/ready $(MODEL)/conversion.json
 demo-tiny: $(VENV)/ready $(MODEL)/conversion.json
 	$(BIN)/python examples/demo.py $(MODEL) --out out/demo-tiny --tiny
 
+# a process a core, of one thread each: few tests can use more
 test: $(VENV)/ready $(MODEL)/conversion.json
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-all: $(VENV)/ready $(MODEL)/conversion.json
 	$(BIN)/python -m pytest -m "not interop"

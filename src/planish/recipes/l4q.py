@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def l4q(
     *,
-    rate: float = 3e-3,
+    rate: float = 1e-2,
     scale_rate: float = 2e-3,
     zero_rate: float = 1e-2,
     rank: int = 16,

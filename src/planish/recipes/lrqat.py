@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def lrqat(
     *,
-    rate: float = 3e-3,
+    rate: float = 1e-2,
     scale_rate: float = 2e-3,
     rank: int = 16,
     alpha: float = 1.0,

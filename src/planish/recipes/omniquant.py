@@ -72,7 +72,7 @@ def omniquant(
         augment: the float block on the quantized prefix is a target too; published at 2 bits.
         search: start from the range that loses least; else at 0.982 of min/max, as published.
         trim: share of elements with the largest errors left out of the loss.
-        span: consecutive blocks fitted together.
+        span: consecutive blocks fitted together; where ranges alone are clipped six lose less, for more memory.
         holdout: samples held out to choose the state that is kept.
         batch_size: samples a step.
         schedule: the rates fall as a "cosine" or "linear", or stay "constant", as published.
