@@ -3,7 +3,7 @@
 Nothing of the weights themselves is trained: each group has a factor on either end of its range, each channel
 between two layers a scale (and a shift), and all move by AdamW, so that the quantized block gives what the float one
 gives. The publication starts clipping at 0.982 of the range and goes through samples one by one; the defaults here
-depart from it where it paid on validation text: the range starts searched, a step takes several samples, three
+depart from it where it paid on validation text: the range starts searched, a step takes several samples, six
 blocks are fitted together, and weights bear more of what activations can't. Presets w4a16 to w4a4 are the
 publication's own, by what its scripts say.
 """
@@ -50,7 +50,7 @@ def omniquant(
     augment: bool = False,
     search: bool = True,
     trim: float = 0.003,
-    span: int = 3,
+    span: int = 6,
     holdout: int = 8,
     batch_size: int = 4,
     schedule: str = "cosine",
@@ -72,7 +72,7 @@ def omniquant(
         augment: the float block on the quantized prefix is a target too; published at 2 bits.
         search: start from the range that loses least; else at 0.982 of min/max, as published.
         trim: share of elements with the largest errors left out of the loss.
-        span: consecutive blocks fitted together; where ranges alone are clipped six lose less, for more memory.
+        span: consecutive blocks fitted together; fewer take less memory.
         holdout: samples held out to choose the state that is kept.
         batch_size: samples a step.
         schedule: the rates fall as a "cosine" or "linear", or stay "constant", as published.
