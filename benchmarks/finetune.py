@@ -9,7 +9,7 @@ a folder for what rows share (text, models to start from, adapters). A row is NA
     lora          LoRA in 16 bits (peft)                qlora     LoRA on the frozen weights of ptq, not merged
     qlora-merged  that adapter merged, quantized again by `requantize=` (rtn, searched, if not given)
     anything else a recipe, through planish.finetune: from the float model, or from start=, which is ptq or a recipe
-                  (l4q:w2g64:start=block_ap,distill=0.1); e2e_qp always starts so, at ptq if nothing is said
+                  (l4q:w2g64:start=block_ap,distill=0.02); e2e_qp always starts so, at ptq if nothing is said
 
 lora and qlora take rate=, rank= and alpha=. All train on the same windows for the same epochs, on answers only. The
 loss is the mean over the tokens of answers held out; accuracy the share of questions whose final number is exact, by
@@ -43,7 +43,7 @@ from planish.log import versions
 from planish.recipes import RECIPES, describe
 
 SCHEMES = ("w4g128", "w3g128", "w2g64")
-ROWS = ("ptq", "qlora", "qlora-merged", "peqa", "lrqat", "l4q", "l4q:start=block_ap,distill=0.1")
+ROWS = ("ptq", "qlora", "qlora-merged", "peqa", "lrqat", "l4q", "l4q:start=block_ap,distill=0.02")
 FROM_QUANTIZED = ("e2e_qp",)
 VALID = 512  # questions cut from GSM8K's train split; and VALID_OTHER instructions of the other set
 VALID_OTHER = 16
