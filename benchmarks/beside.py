@@ -7,8 +7,9 @@ WHO is 16-bit (no scheme), planish, or an AutoRound: `auto-round` (its default, 
 windows of 2048 tokens of wiki.train.part.raw and share a process, an environment and an evaluation: perplexity of
 wiki.valid.tokens (as benchmarks/compare.py has it) and wiki.test.raw, then the tasks of benchmarks/zero_shot.py, of
 which TASKS is the folder. Seconds are from the model's folder to the quantized model in memory, imports aside. --bos
-begins each window with the token that the model begins every text with: Gemma is lost without it. AutoRound is imported
-only if asked for; rows are written as they come, and what OUT.json has isn't measured again.
+begins each window with the token that the model begins every text with (not the tasks: --questions 0 goes with it):
+Gemma is lost without it. AutoRound is imported only if asked for; rows are written as they come, and what OUT.json has
+isn't measured again.
 """
 
 import argparse
@@ -85,6 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     seqlen, limit = (64, 2) if args.tiny else (SEQLEN, None)
     args.questions = 3 if args.tiny and args.questions is None else args.questions
+    if args.bos and args.questions != 0:
+        parser.error("the tasks' prompts have no first token of their own: give --questions 0 with --bos")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     first = torch.tensor([tokenizer.bos_token_id] if args.bos else [], dtype=torch.int64)
 

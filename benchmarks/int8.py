@@ -34,7 +34,8 @@ from planish.log import versions
 
 SHAPES = [(8192, 8192), (4096, 4096)]  # out x in
 ROWS = [16, 256, 2048, 4096]
-SCHEMES = [(8, 8, True), (4, 8, False), (4, 4, False)]  # weight's bits, token's bits, tokens symmetric
+# weight's bits as they are held, token's bits, tokens symmetric; the third is w6a6
+SCHEMES = [(8, 8, True), (4, 8, False), (8, 6, False), (4, 4, False)]
 CHECKED = [(304, 1104), (520, 2048), (136, 265), (1, 33), (77, 4096)]
 WORTH = 2.0
 STARTED = time.perf_counter()
