@@ -1,15 +1,16 @@
 """Planish's default beside AutoRound: seconds, perplexity, and seven zero-shot tasks on full sets.
 
-    python benchmarks/beside.py OUT.json MODEL WIKITEXT2 TASKS WHO:SCHEME... [--questions N] [--bos] [--shared] [--tiny]
+    python benchmarks/beside.py OUT.json MODEL WIKITEXT2 TASKS WHO:SCHEME[:KEYS]... [--questions N] [--bos] [--shared]
+        [--tiny]
 
 WHO is 16-bit (no scheme), planish, or an AutoRound: `auto-round` (its default, 200 steps on 128 windows) or
-`auto-round-best` (1000 on 512). A scheme says whether it is symmetric: w2g64, w2g64asym. All are calibrated on random
-windows of 2048 tokens of wiki.train.part.raw and share a process, an environment and an evaluation: perplexity of
-wiki.valid.tokens (as benchmarks/compare.py has it) and wiki.test.raw, then the tasks of benchmarks/zero_shot.py, of
-which TASKS is the folder. Seconds are from the model's folder to the quantized model in memory, imports aside. --bos
-begins each window with the token that the model begins every text with (not the tasks: --questions 0 goes with it):
-Gemma is lost without it. AutoRound is imported only if asked for; rows are written as they come, and what OUT.json has
-isn't measured again.
+`auto-round-best` (1000 on 512). KEYS are of planish: samples=128,e2e_epochs=8. A scheme says whether it is symmetric:
+w2g64, w2g64asym. All are calibrated on random windows of 2048 tokens of wiki.train.part.raw and share a process, an
+environment and an evaluation: perplexity of wiki.valid.tokens (as benchmarks/compare.py has it) and wiki.test.raw, then
+the tasks of benchmarks/zero_shot.py, of which TASKS is the folder. Seconds are from the model's folder to the quantized
+model in memory, imports aside. --bos begins each window with the token that the model begins every text with (not the
+tasks: --questions 0 goes with it): Gemma is lost without it. AutoRound is imported only if asked for; rows are written
+as they come, and what OUT.json has isn't measured again.
 """
 
 import argparse
@@ -55,11 +56,14 @@ def auto_round(model: str, scheme: Scheme, calibration: Tensor, steps: int, devi
     return made.to(device).eval()
 
 
-def made(args: argparse.Namespace, who: str, scheme: str, draw: Any) -> tuple[Any, dict[str, Any]]:
+def made(
+    args: argparse.Namespace, who: str, scheme: str, keys: dict[str, str], draw: Any
+) -> tuple[Any, dict[str, Any]]:
     """The model of a setting, and what making it took."""
     if who == "16-bit":
         return planish.load(args.model, device=args.device), {}
-    steps, samples = ROUNDS.get(who, (0, split_preset("planish", None)[1].get("samples", 128)))
+    own = dict(keys)
+    steps, samples = ROUNDS.get(who, (0, int(own.pop("samples", split_preset("planish", None)[1]["samples"]))))
     steps, samples = (min(steps, 2), 8) if args.tiny else (steps, samples)
     calibration = draw(samples)
     began = time.perf_counter()
@@ -67,7 +71,7 @@ def made(args: argparse.Namespace, who: str, scheme: str, draw: Any) -> tuple[An
         model = auto_round(args.model, Scheme.parse(scheme), calibration, steps, args.device)
     else:
         model = planish.quantize(args.model, who, scheme, data=calibration, samples=samples,
-                                 seqlen=calibration.shape[1], device=args.device)  # fmt: skip
+                                 seqlen=calibration.shape[1], device=args.device, **own)  # fmt: skip
     return model, {"windows": samples, "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -77,7 +81,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("tasks", type=Path)
-    parser.add_argument("settings", nargs="+", help="WHO:SCHEME, or 16-bit")
+    parser.add_argument("settings", nargs="+", help="WHO:SCHEME[:KEYS], or 16-bit")
     parser.add_argument("--questions", type=int, help="of each task, all if not given; 0 leaves them out")
     parser.add_argument("--bos", action="store_true")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
@@ -103,11 +107,13 @@ def main() -> None:
     own = seqlen - len(first)  # tokens of a window that are text
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
     for setting in args.settings:
-        who, _, scheme = setting.partition(":")
-        known = {"who": who, "scheme": scheme, "questions": args.questions, "bos": args.bos, "alone": not args.shared}
+        who, scheme, pairs = [*setting.split(":"), "", ""][:3]
+        keys = dict(pair.split("=") for pair in pairs.split(",") if pair)
+        known = {"who": who, "scheme": scheme, "keys": keys}
+        known |= {"questions": args.questions, "bos": args.bos, "alone": not args.shared}
         if any(known.items() <= row.items() for row in report["rows"]):
             continue
-        model, facts = made(args, who, scheme, lambda samples: begun(windows([train], samples, own, 0)))
+        model, facts = made(args, who, scheme, keys, lambda samples: begun(windows([train], samples, own, 0)))
         row: dict[str, Any] = known | facts
         for name, ids in texts.items():
             whole = begun(ids[: len(ids) // own * own].view(-1, own)).flatten()
