@@ -111,6 +111,15 @@ def test_embedded_texts_suffice_and_are_disjoint():
     assert [line for line in calibration.split("\n") if len(line) > 40 and line in read] == []
 
 
+def test_embedded_text_is_parsed_as_far_as_needed(tokenizer):
+    whole, part = embedded.calibration(), embedded.calibration(50_000)
+    assert 50_000 <= sum(map(len, part)) < 150_000 and len(part) >= 5
+    assert [document for document in whole if document in part] == part
+    assert embedded.calibration(10**9) == whole
+    windows, note = data.windows(tokenizer, "embedded", 16, 512)
+    assert windows.shape == (16, 512) and note == ""
+
+
 def test_hub_data_sets_are_read_as_far_as_needed(tokenizer, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked, read = [], []

@@ -35,8 +35,9 @@ _HUB = re.compile(
     r"(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?"
 )
 
-# a hub data set may be endless: read this many times the characters asked for, so that the seed has a choice
-HUB_CHOICE = 4
+# a hub data set may be endless, and parsing the embedded text takes longer than a fast run: read this many times the
+# characters asked for, so that the seed has a choice
+CHOICE = 4
 _CHARACTERS_A_TOKEN = 4
 
 # the names that data sets give to who speaks
@@ -123,7 +124,8 @@ def tokens(tokenizer: Any, source: str | Path, *, at_most: int | None = None) ->
     Args:
         tokenizer: of transformers.
         source: see the top of this file.
-        at_most: stop reading a hub data set at about this many tokens; local texts are always read whole.
+        at_most: stop reading a hub data set or the embedded text at about this many tokens; files are always read
+            whole.
 
     Returns:
         int64 [n].
@@ -172,7 +174,7 @@ def windows(
     if isinstance(source, Tensor):
         cut, name = _checked(source, seqlen), "the given tensor"
     else:
-        ids = tokens(tokenizer, source, at_most=samples * seqlen * HUB_CHOICE)
+        ids = tokens(tokenizer, source, at_most=samples * seqlen * CHOICE)
         cut, name = split(ids, seqlen, str(source)), str(source)
         order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
         cut = cut[order]
@@ -225,14 +227,14 @@ def documents(source: str | Path, at_most: int | None = None) -> Iterator[Docume
 
     Args:
         source: see the top of this file.
-        at_most: stop reading a hub data set at about this many tokens.
+        at_most: stop reading a hub data set or the embedded text at about this many tokens.
 
     Raises:
         PlanishError: if there is no such source; while reading, if a row is malformed: by file and line.
     """
     name = str(source)
     if name == "embedded":
-        return iter(embedded.calibration())
+        return iter(embedded.calibration(at_most and at_most * _CHARACTERS_A_TOKEN))
     if name == "embedded-eval":
         return iter(embedded.evaluation())
     path, _, field = name.partition("#")

@@ -80,7 +80,7 @@ def examples(tokenizer: Any, source: str | Path, samples: int, seqlen: int, seed
             template or one that refuses a conversation or hides where answers are, or no answer is left.
     """
     data.check_size(samples, seqlen)
-    conversations = _conversations(source, samples * seqlen * data.HUB_CHOICE)
+    conversations = _conversations(source, samples * seqlen * data.CHOICE)
     if not any(_answers(conversation) for conversation in conversations):
         raise PlanishError(f"{source} holds no answer to a question: this would be a loss over nothing")
     chat = Chat(tokenizer, source)
