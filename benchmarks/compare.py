@@ -1,7 +1,7 @@
 """Recipes compared under one protocol: seconds, peak memory and perplexity, over several seeds.
 
     python benchmarks/compare.py OUT.json MODEL WIKITEXT2 --recipes planish,signround --schemes w2g64,w3g128
-        [--seeds 3] [--calibration wikitext|mix] [--texts valid|test] [--tiny]
+        [--seeds 3] [--calibration wikitext|mix|c4_sample=3,gsm8k=1] [--texts valid|test] [--tiny]
 
 A recipe may have a scheme and keys of its own: planish:w2g64:distill=0.9,e2e_epochs=4 (a scheme there goes before
 --schemes; samples= counts windows; preset= is one of the recipe's; data= and watch= name texts as `planish quantize`
@@ -15,10 +15,10 @@ so compared without fitting the blocks for each:
 MODEL is the bf16 folder of examples/get_smollm2.py; WIKITEXT2 a folder with wiki.train.part.raw, wiki.valid.tokens and
 wiki.test.raw. Settings are chosen on valid, whose perplexity is always measured (its spaced punctuation undone by
 simple rules, sentences with left-out words dropped); test is measured only by --texts test. Calibration: random
-windows of 2048 tokens of the training text, drawn by the seed; or of the mix, equal parts of four folders beside
-WIKITEXT2 that hold no WikiText: c4_sample, debian_docs, python_source, gsm8k. Each row is written as soon as it is
-had, and rows that OUT.json holds already aren't measured again. Seconds are those of
-`planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
+windows of 2048 tokens of the training text, drawn by the seed; or a mix as `planish quantize --data` takes it, of
+folders beside WIKITEXT2 that hold no WikiText, each of a weight: `mix` is c4_sample, debian_docs, python_source and
+gsm8k in equal parts. Each row is written as soon as it is had, and rows that OUT.json holds already aren't measured
+again. Seconds are those of `planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import planish
-from planish.data import documents, join_rows
+from planish.data import join_rows
 from planish.log import versions
 from planish.recipes import split_preset
 
-MIX = ("c4_sample/train.jsonl", "debian_docs/*.jsonl", "python_source/*.jsonl", "gsm8k/train.jsonl")
-LONGEST = 1_600_000  # characters of each domain at most
+MIX = {"c4_sample": "train.jsonl", "debian_docs": "*.jsonl", "python_source": "*.jsonl", "gsm8k": "train.jsonl"}
 
 
 def detokenised(text: str) -> str:
@@ -57,12 +55,19 @@ def detokenised(text: str) -> str:
     return re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
 
 
-def mixture(root: Path) -> Iterator[str]:
-    """A text a domain."""
-    for pattern in MIX:
-        pieces = [str(part) if isinstance(part, str) else "\n".join(turn["content"] for turn in part.messages)
-                  for file in sorted(root.glob(pattern)) for part in documents(file)]  # fmt: skip
-        yield "\n\n".join(pieces)[:LONGEST]
+def mixture(root: Path, shares: str) -> str:
+    """A mix in the words of `planish quantize --data`; a domain's weight is shared by its files.
+
+    Args:
+        shares: "mix" or name=weight,...; names are those of MIX.
+    """
+    weights = dict.fromkeys(MIX, 1.0) if shares == "mix" else {
+        name: float(weight) for name, weight in (pair.split("=") for pair in shares.split(","))}  # fmt: skip
+    found = []
+    for name, weight in weights.items():
+        files = sorted((root / name).glob(MIX[name]))
+        found += [f"{file}:{weight / len(files):.4f}" for file in files]
+    return ",".join(found)
 
 
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
@@ -111,7 +116,7 @@ def measure(
         samples = int(own.pop("samples", split_preset(recipe, preset)[1].get("samples", 128)))
         samples, seqlen = (8, 64) if args.tiny else (samples, 2048)
         about = {
-            "data": data.replace("+", ",") if data else windows(texts["calibration"], samples, seqlen, seed),
+            "data": data.replace("+", ",") if data else texts["calibration"](samples, seqlen, seed),
             "watch": watch,
             "samples": samples,
             "seqlen": seqlen,
@@ -163,7 +168,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="planish")
     parser.add_argument("--schemes", default="w2g64,w2g128,w3g128,w4g128")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--calibration", choices=("wikitext", "mix"), default="wikitext")
+    parser.add_argument("--calibration", default="wikitext", help="or mix, or folder=weight,...")
     parser.add_argument("--texts", choices=("valid", "test"), default="valid")
     parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting without a start")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
@@ -177,8 +182,11 @@ def main() -> None:
     texts: dict[str, Any] = {"valid": tokens_of(tokenizer, detokenised(join_rows(file("wiki.valid.tokens"))))}
     if args.texts == "test":
         texts["test"] = tokens_of(tokenizer, join_rows(file("wiki.test.raw")))
-    train = mixture(args.data.parent) if args.calibration == "mix" else [join_rows(file("wiki.train.part.raw"))]
-    texts["calibration"] = [tokens_of(tokenizer, text) for text in train]
+    if args.calibration == "wikitext":
+        train = tokens_of(tokenizer, join_rows(file("wiki.train.part.raw")))
+        texts["calibration"] = lambda samples, seqlen, seed: windows([train], samples, seqlen, seed)
+    else:
+        texts["calibration"] = lambda *_: mixture(args.data.parent, args.calibration)
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
     for setting in parse(args.recipes, args.schemes):
         for seed in range(1 if setting[0] == "16-bit" else args.seeds):

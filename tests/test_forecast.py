@@ -15,7 +15,7 @@ from planish import qtensor
 from planish.checkpoint import CheckpointWriter
 from planish.errors import PlanishError
 from planish.fit.spans import Stage
-from planish.forecast import CONTEXT, forecast, parse_size, seconds_of
+from planish.forecast import CONTEXT, _blocks_alone, _suggestions, forecast, parse_size, seconds_of
 from planish.formats import FORMATS
 from planish.needs import Case, _at_the_end, disk_of, needs_of
 from planish.plan import MARGIN, Room, duration
@@ -294,6 +294,15 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     short = dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=100_000))
     assert "training takes" not in needs_of(short).problem, "it would be left out"
     assert needs_of(short).left_out.startswith("end_to_end is left out: training takes")
+    short = dataclasses.replace(optional, room=dataclasses.replace(optional.room, host=20_000))
+    assert needs_of(short).left_out.startswith("end_to_end is left out: packed layers and the best state take")
+    # layers of blocks alone are written as they come, and don't wait
+    large = dataclasses.replace(optional, disk=dataclasses.replace(optional.disk, layers=dict.fromkeys(
+        optional.disk.layers, GB)))  # fmt: skip
+    host = needs_of(_blocks_alone(large)).host - large.idle
+    assert host < 10 * GB < needs_of(large).host
+    room = dataclasses.replace(large.room, host=host)
+    assert "end_to_end=false" in [one.flags for one in _suggestions(dataclasses.replace(large, room=room))]
     # codes move where the Trainer has room for them, else scales alone, if need be lean
     stage = optional.resolved.recipe.whole
     assert stage is not None and not needs_of(optional).left_out

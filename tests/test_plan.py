@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from planish.errors import PlanishError
-from planish.plan import Room, WholePlan, WholeSize, host_memory, measure_room, plan_streams, plan_whole
+from planish.plan import (
+    Room,
+    WholePlan,
+    WholeSize,
+    check_waiting,
+    host_memory,
+    measure_room,
+    plan_streams,
+    plan_whole,
+)
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 GB = 10**9
@@ -103,6 +112,7 @@ LARGE_MODEL = WholeSize(
     trained=1_070 * 10**6,
     largest=13_400 * 10**3,
     weights=68_450 * 10**6,
+    packed=19_250 * 10**6,
     dense=470 * 10**6,
     graph=647_000,
     logits=768_000,
@@ -116,6 +126,13 @@ def whole(free: float, *, lean: bool | None = None, micro_batch: int = 4, host: 
     return plan_whole(
         LARGE_MODEL, **asked, micro_batch=micro_batch, lean=lean, free=int(free * GB), host=int(host * GB)
     )
+
+
+def test_what_waits_behind_the_blocks_needs_room() -> None:
+    assert LARGE_MODEL.waiting == 27_810 * 10**6
+    check_waiting(LARGE_MODEL, int(1.1 * LARGE_MODEL.waiting) + 1)
+    with pytest.raises(PlanishError, match=r"take 27\.8 GB of host memory, and 24\.0 GB are free; take a machine with"):
+        check_waiting(LARGE_MODEL, 24 * GB)
 
 
 @pytest.mark.parametrize(

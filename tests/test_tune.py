@@ -287,6 +287,10 @@ def test_a_stage_for_which_memory_is_too_short_is_left_out(
     figures = planish.quantize_to(tiny_llama(), tmp_path / "q2", "planish", "w2g32", **asked).figures
     assert figures["notes"][-1] == "end_to_end is left out: of 1 GB there is nothing left"
     assert "end_to_end" not in figures and len(packed_layers(planish.load(tmp_path / "q2", device="cpu"))) == 14
+    with monkeypatch.context() as short:
+        short.setattr(tune_module, "host_memory", lambda: 1000)
+        figures = planish.quantize_to(tiny_llama(), tmp_path / "q2b", "planish", "w2g32", **asked).figures
+    assert figures["notes"][-1].startswith("end_to_end is left out: packed layers and the best state take")
     del asked["steps"]
     with pytest.raises(PlanishError, match="of 1 GB"):
         planish.quantize_to(tiny_llama(), tmp_path / "other", "efficientqat", "w2g32", epochs=1.0, **asked)

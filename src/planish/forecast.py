@@ -290,7 +290,7 @@ Change = tuple[str, Callable[[Case], Case]]
 
 def _suggestions(case: Case) -> list[Suggestion]:
     """Each kind of change that alone makes it fit, as mild as it may be; else as many of them together as it takes."""
-    ladder = [kind for kind in (_spans(case), _storages(case), _batches(case), _lengths(case)) if kind]
+    ladder = [kind for kind in (_spans(case), _storages(case), _batches(case), _lengths(case), _ends(case)) if kind]
     found = []
     for kind in ladder:
         tried = ((flags, needs_of(change(case))) for flags, change in kind)
@@ -345,6 +345,18 @@ def _lengths(case: Case) -> list[Change]:
     seqlen = case.resolved.seqlen
     lengths = [seqlen >> shift for shift in range(1, seqlen.bit_length()) if seqlen >> shift >= SHORTEST]
     return [(f"--seqlen {length}", partial(_shortened, length)) for length in lengths]
+
+
+def _ends(case: Case) -> list[Change]:
+    """Without a stage behind the blocks: layers are written as they come, and don't wait for it in memory."""
+    recipe = case.resolved.recipe
+    takes_it = recipe.name in RECIPES and "end_to_end" in describe(recipe.name)["keys"]
+    return [("end_to_end=false", _blocks_alone)] if takes_it and recipe.whole else []
+
+
+def _blocks_alone(case: Case) -> Case:
+    recipe = dataclasses.replace(case.resolved.recipe, stages=case.resolved.recipe.blocks)
+    return dataclasses.replace(case, resolved=dataclasses.replace(case.resolved, recipe=recipe))
 
 
 def _shortened(seqlen: int, case: Case) -> Case:

@@ -23,7 +23,7 @@ from planish.fit.reconstruct import Reconstruct
 from planish.fit.whole import EndToEnd
 from planish.folder import side_files
 from planish.log import peak_bytes
-from planish.plan import MARGIN, Room, StreamPlan, gigabytes, plan_streams, plan_whole
+from planish.plan import HOST_SHARE, MARGIN, Room, StreamPlan, check_waiting, gigabytes, plan_streams, plan_whole
 from planish.qtensor import QTensor
 from planish.request import Resolved
 from planish.run import compute_dtype
@@ -345,13 +345,16 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
     # the start and the best state, and of a quantized model its packed layers
     waiting = 8 * size.trained + (0 if stage.inside is not None else sum(case.disk.layers.values()))
     others = stage.distill > 0 and not (stage.inside is not None and stage.inside.own_teacher)
-    host = case.idle + waiting + (case.samples * case.sample if others else 0)
-    if case.device.type != "cuda":
-        peak = size.peak(micro * resolved.seqlen, lean=False, checkpointing=False)
-        if stage.if_room and MARGIN * peak > case.room.host:
-            return _without(case, stage)
-        return _Whole(0, host + peak, micro)
+    taught = case.samples * case.sample * others
+    # the other model's hidden states go to a file where memory is short
+    host = case.idle + waiting + (taught if taught < HOST_SHARE * case.room.host else 0)
     try:
+        check_waiting(size, case.room.host)
+        if case.device.type != "cuda":
+            peak = size.peak(micro * resolved.seqlen, lean=False, checkpointing=False)
+            if stage.if_room and MARGIN * peak > case.room.host:
+                return _without(case, stage)
+            return _Whole(0, host + peak, micro)
         plan = plan_whole(
             size,
             seqlen=resolved.seqlen,
@@ -366,7 +369,7 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
         if stage.if_room:
             return _without(case, stage)
         if stage.optional:
-            return _Whole(0, host, micro, left_out=f"{stage.name} is left out: {error}")
+            return _Whole(micro_batch=micro, left_out=f"{stage.name} is left out: {error}")
         return _Whole(size.peak(resolved.seqlen, lean=True, checkpointing=True), host, 1, str(error))
     if plan.lean and stage.if_room:
         return _without(case, stage)

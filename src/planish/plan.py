@@ -120,7 +120,7 @@ class WholeSize:
     Args:
         fixed: bytes of what isn't trained: codes, embedding, head, norms; another model's head too.
         trained: numbers that are trained. largest: those of the block that has most.
-        weights: numbers that codes stand for.
+        weights: numbers that codes stand for. packed: bytes of all codes and scales, as they are stored.
         dense: bytes of the largest weight decoded, as long inputs are multiplied.
         graph: bytes that a token leaves in a block for the backward pass.
         logits: bytes that a token's logits take, with their gradient and the other model's.
@@ -131,6 +131,7 @@ class WholeSize:
     trained: int
     largest: int
     weights: int
+    packed: int
     dense: int
     graph: int
     logits: int
@@ -147,6 +148,11 @@ class WholeSize:
             kept, passing = self.graph * (self.blocks - 1), 4 * self.trained
         at_once = max(self.graph * tokens + self.dense, self.logits * min(tokens, HEAD_TOKENS))
         return round(self.fixed + state + passing + kept * tokens + at_once)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes in host memory behind fitted blocks: their packed layers, then the start and the best state."""
+        return self.packed + 8 * self.trained
 
     def host(self, tokens: int) -> int:
         """Bytes in host memory in the lean way, with so many tokens in a step: what enters blocks, the best state."""
@@ -226,6 +232,22 @@ def _check_host(need: int, host: int, batch_size: int) -> None:
         raise PlanishError(
             f"lean training keeps {gigabytes(need)} in host memory for {batch_size} samples a step, and "
             f"{gigabytes(host)} are free; lower the recipe's batch_size, or use shorter samples (--seqlen)"
+        )
+
+
+def check_waiting(size: WholeSize, host: int) -> None:
+    """Refuse a stage for which what waits behind the blocks has no room: a run would be killed there, hours in.
+
+    Args:
+        host: bytes of host memory that are free.
+
+    Raises:
+        PlanishError: if they are too few.
+    """
+    if MARGIN * size.waiting > host:
+        raise PlanishError(
+            f"packed layers and the best state take {gigabytes(size.waiting)} of host memory, and {gigabytes(host)} "
+            "are free; take a machine with more, or a recipe that ends with the blocks"
         )
 
 

@@ -90,6 +90,8 @@ def opened(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PlanishError(f"{file} is truncated or damaged ({first_line(error)}); get it again") from error
+    except RuntimeError as error:  # torch couldn't map it: a file larger than what a host lets one process have
+        raise PlanishError(f"{first_line(error)}; save the model in smaller shards (max_shard_size)") from error
 
 
 def stored_dtype(places: dict[str, Place]) -> torch.dtype:

@@ -40,7 +40,7 @@ from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
 from planish.log import Clock, Event, Progress, peak_bytes
-from planish.plan import WholeSize, measure_room, plan_streams
+from planish.plan import WholeSize, check_waiting, host_memory, measure_room, plan_streams
 from planish.qtensor import PARTS, QTensor
 from planish.quant import QLinear
 from planish.run import Run
@@ -294,6 +294,7 @@ def _chosen(
     for tried in ways:
         size = whole_size(run.source.skeleton(), run.schemes, tried, run.dtype)
         try:
+            check_waiting(size, host_memory())
             return tried, planned(setting_of(size), size, tried, seqlen), notes
         except PlanishError as reason:
             if tried is ways[-1]:

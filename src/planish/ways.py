@@ -118,12 +118,19 @@ def whole_size(
         trained=sum(of_block),
         largest=max(of_block),
         weights=sum(rows * columns for rows, columns in packed),
+        packed=0 if stage.inside is not None else _stored(schemes, shapes),
         dense=item * largest_linear + TILE_PIECES * 4 * min(TILE, largest_linear) * (stage.inside is not None),
         graph=max(graph),
         logits=4 * config.vocab_size * (10 if stage.distill > 0 else 6),
         boundary=config.hidden_size * item,
         blocks=arch.num_blocks,
     )
+
+
+def _stored(schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of packed linears."""
+    sizes = ((shapes[name], scheme) for name, scheme in schemes.items())
+    return round(sum(rows * columns * scheme.bits_per_weight(columns) for (rows, columns), scheme in sizes) / 8)
 
 
 def _norm_sizes(skeleton: PreTrainedModel, arch: Arch) -> list[list[int]]:
