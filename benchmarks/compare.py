@@ -114,7 +114,7 @@ def measure(
         preset, folder = own.pop("preset", None), own.pop("start", None)
         data, watch = own.pop("data", None), own.pop("watch", None)
         samples = int(own.pop("samples", split_preset(recipe, preset)[1].get("samples", 128)))
-        samples, seqlen = (8, 64) if args.tiny else (samples, 2048)
+        samples, seqlen = (32, 64) if args.tiny else (samples, 2048)
         about = {
             "data": data.replace("+", ",") if data else texts["calibration"](samples, seqlen, seed),
             "watch": watch,
