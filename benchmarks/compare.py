@@ -41,6 +41,8 @@ from planish.log import versions
 from planish.recipes import split_preset
 
 MIX = {"c4_sample": "train.jsonl", "debian_docs": "*.jsonl", "python_source": "*.jsonl", "gsm8k": "train.jsonl"}
+_SHARE = rf"({'|'.join(MIX)})=[0-9.]+"
+_SHARES = f"{_SHARE}(,{_SHARE})*"
 
 
 def detokenised(text: str) -> str:
@@ -174,6 +176,8 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
     parser.add_argument("--tiny", action="store_true", help="short windows and one step's worth: a dry run")
     args = parser.parse_args()
+    if args.calibration not in ("wikitext", "mix") and not re.fullmatch(_SHARES, args.calibration):
+        parser.error(f"--calibration {args.calibration}: wikitext, mix, or shares of {', '.join(MIX)}, as c4_sample=3")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def file(name: str) -> str:

@@ -342,12 +342,10 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
         return _Whole()
     size = whole_size(resolved.source.skeleton(), resolved.schemes, stage, case.dtype)
     micro = min(case.micro_batch, stage.batch_size)
-    # the start and the best state, and of a quantized model its packed layers
-    waiting = 8 * size.trained + (0 if stage.inside is not None else sum(case.disk.layers.values()))
     others = stage.distill > 0 and not (stage.inside is not None and stage.inside.own_teacher)
     taught = case.samples * case.sample * others
     # the other model's hidden states go to a file where memory is short
-    host = case.idle + waiting + (taught if taught < HOST_SHARE * case.room.host else 0)
+    host = case.idle + size.waiting + (taught if taught < HOST_SHARE * case.room.host else 0)
     try:
         check_waiting(size, case.room.host)
         if case.device.type != "cuda":
