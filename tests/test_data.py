@@ -116,8 +116,12 @@ def test_embedded_text_is_parsed_as_far_as_needed(tokenizer):
     assert 50_000 <= sum(map(len, part)) < 150_000 and len(part) >= 5
     assert [document for document in whole if document in part] == part
     assert embedded.calibration(10**9) == whole
-    windows, note = data.windows(tokenizer, "embedded", 16, 512)
-    assert windows.shape == (16, 512) and note == ""
+    all_of_it, _ = data.windows(tokenizer, "embedded", 16, 512)
+    windows, note = data.windows(tokenizer, "embedded", 16, 512, brief=True)
+    assert windows.shape == (16, 512) and note == "" and not torch.equal(windows, all_of_it)
+    cut = data.split(data.tokens(tokenizer, "embedded"), 512)
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(all_of_it, cut[order][:16]), "without it, of all that there is"
 
 
 def test_hub_data_sets_are_read_as_far_as_needed(tokenizer, monkeypatch):

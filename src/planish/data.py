@@ -35,8 +35,8 @@ _HUB = re.compile(
     r"(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<field>.+))?"
 )
 
-# a hub data set may be endless, and parsing the embedded text takes longer than a fast run: read this many times the
-# characters asked for, so that the seed has a choice
+# a hub data set may be endless, and parsing all of the embedded text is a good part of a run that trains nothing: read
+# this many times the characters asked for, so that the seed has a choice
 CHOICE = 4
 _CHARACTERS_A_TOKEN = 4
 
@@ -152,7 +152,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def windows(
-    tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int, seed: int = 0
+    tokenizer: Any, source: str | Path | Tensor, samples: int, seqlen: int, seed: int = 0, *, brief: bool = False
 ) -> tuple[Tensor, str]:
     """Windows to calibrate on, and a note for the user ("" if there is nothing to say).
 
@@ -163,6 +163,7 @@ def windows(
         samples: how many windows, fewer if the text is shorter.
         seqlen: tokens of a window.
         seed: of the shuffle.
+        brief: parse no more of the embedded text than that takes; what is trained on it needs its variety.
 
     Returns:
         int64 [n, seqlen], n <= samples, and the note.
@@ -174,7 +175,8 @@ def windows(
     if isinstance(source, Tensor):
         cut, name = _checked(source, seqlen), "the given tensor"
     else:
-        ids = tokens(tokenizer, source, at_most=samples * seqlen * CHOICE)
+        whole = str(source) == "embedded" and not brief
+        ids = tokens(tokenizer, source, at_most=None if whole else samples * seqlen * CHOICE)
         cut, name = split(ids, seqlen, str(source)), str(source)
         order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
         cut = cut[order]

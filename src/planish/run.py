@@ -110,7 +110,8 @@ class Run:
         """Windows of one source of the mix."""
         if is_own(source):
             return (self.own_text(count),), ""
-        ids, note = texts.windows(self.tokenizer, source, count, self.seqlen, self.seed)
+        fitted = self.recipe.holdout > 0
+        ids, note = texts.windows(self.tokenizer, source, count, self.seqlen, self.seed, brief=not fitted)
         return (ids,), note
 
     def own_text(self, count: int) -> Tensor:
