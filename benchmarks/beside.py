@@ -37,6 +37,24 @@ ROUNDS = {"auto-round": (200, 128), "auto-round-best": (1000, 512)}  # steps, wi
 SEQLEN = 2048
 
 
+def own_positions(model: PreTrainedModel) -> PreTrainedModel:
+    """AutoRound 0.16.1 runs each block on the first one's positions and mask. Of a model whose layers differ in those,
+    as Gemma 3's do (transformers 5), the layers of full attention take their own here."""
+    decoder = model.model
+    kinds = getattr(model.config, "layer_types", None) or []
+
+    def whole(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = kwargs["hidden_states"]
+        places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        positions = decoder.rotary_emb.to(hidden.device)(hidden, places, "full_attention")
+        return args, kwargs | {"position_embeddings": positions, "attention_mask": None}
+
+    for layer, kind in zip(decoder.layers, kinds, strict=False):
+        if kind == "full_attention" and len(set(kinds)) > 1:
+            layer.self_attn.register_forward_pre_hook(whole, with_kwargs=True)
+    return model
+
+
 def auto_round(model: str, scheme: Scheme, calibration: Tensor, steps: int, device: str) -> PreTrainedModel:
     """AutoRound through its Python entry, on the given windows [samples, tokens]; all else is its default."""
     import auto_round.calib_dataset as loader
@@ -49,8 +67,9 @@ def auto_round(model: str, scheme: Scheme, calibration: Tensor, steps: int, devi
         bits=scheme.bits, group_size=scheme.group_size, sym=scheme.symmetric, data_type="int", act_bits=16
     )
     made, _ = AutoRound(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(model),
-        scheme=how, iters=steps, nsamples=len(calibration), seqlen=calibration.shape[1], batch_size=8, dataset="given",
+        own_positions(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)),
+        AutoTokenizer.from_pretrained(model), scheme=how, iters=steps, nsamples=len(calibration),
+        seqlen=calibration.shape[1], batch_size=8, dataset="given",
         device_map=device,
     ).quantize()  # fmt: skip
     return made.to(device).eval()

@@ -1,7 +1,7 @@
 """Recipes compared under one protocol: seconds, peak memory and perplexity, over several seeds.
 
     python benchmarks/compare.py OUT.json MODEL WIKITEXT2 --recipes planish,signround --schemes w2g64,w3g128
-        [--seeds 3] [--calibration wikitext|mix|c4_sample=3,gsm8k=1] [--texts valid|test] [--tiny]
+        [--seeds 3] [--first-seed 0] [--calibration wikitext|mix|c4_sample=3,gsm8k=1] [--texts valid|test] [--tiny]
 
 A recipe may have a scheme and keys of its own: planish:w2g64:distill=0.9,e2e_epochs=4 (a scheme there goes before
 --schemes; samples= counts windows; preset= is one of the recipe's; data= and watch= name texts as `planish quantize`
@@ -13,12 +13,13 @@ so compared without fitting the blocks for each:
     --recipes "e2e_qp:w2g64:start=W2,distill=1 e2e_qp:w2g64:start=W2,distill=1,norm_rate=1e-3"
 
 MODEL is the bf16 folder of examples/get_smollm2.py; WIKITEXT2 a folder with wiki.train.part.raw, wiki.valid.tokens and
-wiki.test.raw. Settings are chosen on valid, whose perplexity is always measured (its spaced punctuation undone by
-simple rules, sentences with left-out words dropped); test is measured only by --texts test. Calibration: random
-windows of 2048 tokens of the training text, drawn by the seed; or a mix as `planish quantize --data` takes it, of
-folders beside WIKITEXT2 that hold no WikiText, each of a weight: `mix` is c4_sample, debian_docs, python_source and
-gsm8k in equal parts. Each row is written as soon as it is had, and rows that OUT.json holds already aren't measured
-again. Seconds are those of `planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
+wiki.test.raw. Settings are chosen on the validation text, sentences with left-out words dropped, whose perplexity is
+always measured: valid, its spaced punctuation undone by simple rules, and spaced, as it is; test is measured only by
+--texts test. Calibration: random windows of 2048 tokens of the training text, drawn by the seed; or a mix as `planish
+quantize --data` takes it, of folders beside WIKITEXT2 that hold no WikiText, each of a weight: `mix` is c4_sample,
+debian_docs, python_source and gsm8k in equal parts; `own` is what benchmarks/own.py wrote to own/. Each row is written
+as soon as it is had, and rows that OUT.json holds already aren't measured again. Seconds are those of
+`planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
 """
 
 import argparse
@@ -41,15 +42,21 @@ from planish.log import versions
 from planish.recipes import split_preset
 
 MIX = {"c4_sample": "train.jsonl", "debian_docs": "*.jsonl", "python_source": "*.jsonl", "gsm8k": "train.jsonl"}
-_SHARE = rf"({'|'.join(MIX)})=[0-9.]+"
+PARTS = MIX | {"own": "*.jsonl"}
+_SHARE = rf"({'|'.join(PARTS)})=[0-9.]+"
 _SHARES = f"{_SHARE}(,{_SHARE})*"
 
 
-def detokenised(text: str) -> str:
-    """WikiText's tokenised variant as ordinary text: without the sentences that hold words it leaves out, `<unk>`,
-    which occur in no other text, and whose loss swings by several percent between models that are alike."""
+def whole_sentences(text: str) -> str:
+    """WikiText's tokenised variant without the sentences that hold words it leaves out, `<unk>`, which occur in no
+    other text, and whose loss swings by several percent between models that are alike."""
     rows = [[part for part in re.split(r"(?<= \.) ", row) if "<unk>" not in part] for row in text.split("\n")]
-    text = "\n".join(" ".join(row) for row in rows if row)
+    return "\n".join(" ".join(row) for row in rows if row)
+
+
+def detokenised(text: str) -> str:
+    """Its whole sentences as ordinary text."""
+    text = whole_sentences(text)
     for mark in "-,.":
         text = text.replace(f" @{mark}@ ", mark)
     text = re.sub(r" ([.,;:!?%)\]]|'s|'t|'re|'ve|'d|'m|'ll|n't)(?=\s)", r"\1", text)
@@ -61,13 +68,13 @@ def mixture(root: Path, shares: str) -> str:
     """A mix in the words of `planish quantize --data`; a domain's weight is shared by its files.
 
     Args:
-        shares: "mix" or name=weight,...; names are those of MIX.
+        shares: "mix" or name=weight,...; names are those of PARTS.
     """
     weights = dict.fromkeys(MIX, 1.0) if shares == "mix" else {
         name: float(weight) for name, weight in (pair.split("=") for pair in shares.split(","))}  # fmt: skip
     found = []
     for name, weight in weights.items():
-        files = sorted((root / name).glob(MIX[name]))
+        files = sorted((root / name).glob(PARTS[name]))
         found += [f"{file}:{weight / len(files):.4f}" for file in files]
     return ",".join(found)
 
@@ -141,7 +148,7 @@ def measure(
         if args.keep and folder is None:  # never over the folder that other settings start from
             planish.save(model, args.keep, format="native", overwrite=True)
     limit, seqlen = (1, 64) if args.tiny else (None, 2048)
-    for name in ("valid", "test") if args.texts == "test" else ("valid",):
+    for name in ("valid", "spaced", "test") if args.texts == "test" else ("valid", "spaced"):
         row[name] = round(planish.perplexity(model, texts[name], seqlen=seqlen, limit=limit), 4)
     return row
 
@@ -154,7 +161,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for members in groups.values():
         one = {key: members[0][key] for key in ("recipe", "scheme", "keys", "calibration")} | {"seeds": len(members)}
-        for key in ("seconds", "valid", "test"):
+        for key in ("seconds", "valid", "spaced", "test"):
             values = [member[key] for member in members if key in member]
             if values:
                 one |= {key: round(statistics.mean(values), 3), f"{key}_spread": round(max(values) - min(values), 3)}
@@ -169,7 +176,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipes", default="planish")
     parser.add_argument("--schemes", default="w2g64,w2g128,w3g128,w4g128")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--calibration", default="wikitext", help="or mix, or folder=weight,...")
     parser.add_argument("--texts", choices=("valid", "test"), default="valid")
     parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting without a start")
@@ -177,13 +185,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="short windows and one step's worth: a dry run")
     args = parser.parse_args()
     if args.calibration not in ("wikitext", "mix") and not re.fullmatch(_SHARES, args.calibration):
-        parser.error(f"--calibration {args.calibration}: wikitext, mix, or shares of {', '.join(MIX)}, as c4_sample=3")
+        parser.error(f"--calibration {args.calibration}: wikitext, mix, or shares of {', '.join(PARTS)}: c4_sample=3")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def file(name: str) -> str:
         return (args.data / name).read_text(encoding="utf-8")
 
-    texts: dict[str, Any] = {"valid": tokens_of(tokenizer, detokenised(join_rows(file("wiki.valid.tokens"))))}
+    checked = join_rows(file("wiki.valid.tokens"))
+    texts: dict[str, Any] = {
+        "valid": tokens_of(tokenizer, detokenised(checked)),
+        "spaced": tokens_of(tokenizer, whole_sentences(checked)),
+    }
     if args.texts == "test":
         texts["test"] = tokens_of(tokenizer, join_rows(file("wiki.test.raw")))
     if args.calibration == "wikitext":
@@ -193,7 +205,8 @@ def main() -> None:
         texts["calibration"] = lambda *_: mixture(args.data.parent, args.calibration)
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
     for setting in parse(args.recipes, args.schemes):
-        for seed in range(1 if setting[0] == "16-bit" else args.seeds):
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        for seed in [0] if setting[0] == "16-bit" else seeds:
             about = {"recipe": setting[0], "scheme": setting[1], "keys": setting[2], "seed": seed}
             wanted = about | {"calibration": args.calibration}
             if any(all(row[key] == value for key, value in wanted.items()) and args.texts in row

@@ -12,6 +12,7 @@ as they come.
 
 import argparse
 import datetime
+import importlib
 import json
 import time
 from importlib import metadata
@@ -53,6 +54,7 @@ def auto_round(args: argparse.Namespace, scheme: Scheme) -> PreTrainedModel:
 
 
 PEERS = {"planish": ours, "hqq": hqq, "auto-round": auto_round}
+IMPORTS = {"planish": "planish.api", "hqq": "hqq.core.quantize", "auto-round": "auto_round"}
 
 
 def main() -> None:
@@ -77,6 +79,8 @@ def main() -> None:
         "versions": versions() | {name: metadata.version(name) for name in peers},
         "rows": [],
     }
+    for name in ["planish", *peers]:
+        importlib.import_module(IMPORTS[name])
     for scheme in map(Scheme.parse, args.schemes.split(",")):
         for name in ["planish", *peers]:
             start = time.perf_counter()

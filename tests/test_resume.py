@@ -158,6 +158,23 @@ def test_a_whole_model_stage_goes_on_from_its_last_checkpoint(
     assert manifest.figures["end_to_end"] == plain.figures["end_to_end"]
 
 
+@pytest.mark.parametrize("format", ["native", "auto_round"])
+def test_a_run_without_its_last_stage_holds_no_model_and_goes_on_so(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    model, asked = tiny_llama(num_hidden_layers=LAYERS), {**PLANISH, "scheme": "w2g32", "format": format}
+    monkeypatch.setattr("planish.api.quantize_in_memory", lambda run: pytest.fail("layers wait for one another"))
+    with monkeypatch.context() as short:
+        short.setattr("planish.tune.host_memory", lambda: 1000)
+        plain = run(model, tmp_path / "plain", **asked, resume=False)
+        with pytest.raises(Stop):
+            run(model, tmp_path / "out", **asked, progress=stop_behind(2))
+    manifest = run(model, tmp_path / "out", **asked)
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+    assert plain.figures["notes"][-1].startswith("end_to_end is left out: packed layers and the best state take")
+    assert manifest.figures["notes"][-1] == "end_to_end is left out: memory was too short when this run was begun"
+
+
 def test_checkpoints_of_a_whole_model_stage_need_room(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ from planish.source import Source, open_source
 from planish.tables import quantize_table, quantize_tables, table_shapes
 from planish.targets import verdicts
 from planish.transcode import resolve_for_export
-from planish.tune import quantize_in_memory
+from planish.tune import quantize_in_memory, settle_last
 from planish.widths import settle_bits
 
 
@@ -99,6 +99,7 @@ def quantize(
         watch=watch,
     )  # fmt: skip
     resolved = settle_bits(resolved, run)
+    settle_last(run)
     return attach(settle(quantize_tables(quantize_in_memory(run)[0], resolved.tables)))
 
 
@@ -123,7 +124,7 @@ def quantize_to(
     inexact: Callable[[str], None] | None = None,
     **request: Any,
 ) -> RunManifest:
-    """Quantize into a folder, block by block; the model is never in memory as a whole.
+    """Quantize into a folder, block by block; the model is never in memory as a whole, unless a last stage trains it.
 
     The folder gets its name only when it is complete and was read back, every code, scale and zero equal.
 
@@ -143,25 +144,25 @@ def quantize_to(
     finished = journal is not None and journal.published
     writer = CheckpointWriter(out, overwrite=overwrite or finished, inside=journal.folder if journal else None)
     resolved = resolve_for_export(model, recipe, scheme, inexact, **with_batch(recipe, batch_size, request))
-    where = stream_folder(stream_dir) or writer.out.parent
     if resolved.source.folder is not None and resolved.source.folder.resolve() == writer.out:
         raise PlanishError(f"{out} is the model itself; write to another folder")
     run = make_run(
-        resolved, data, device, batch_size, seed, storage, progress, tokenizer, stream_dir=where, journal=journal,
-        watch=watch,
+        resolved, data, device, batch_size, seed, storage, progress, tokenizer, journal=journal, watch=watch,
+        stream_dir=stream_folder(stream_dir) or writer.out.parent,
     )  # fmt: skip
     resolved = settle_bits(resolved, run)
-    write = _write if resolved.recipe.whole is None else _write_tuned
+    last = settle_last(run, decided=journal.request.get("last stage") if journal else None)
+    write = _write_tuned if last else _write
     if journal is None:
         if (left := Journal(out).folder).is_dir():
             run.notes.append(f"{left} holds an unfinished run: go on with --resume, or delete it")
         return write(resolved, run, writer, announce)
-    wanted = {**run.identity(manifest_of(resolved, run, {}), recipe), "then": resolved.then and resolved.then.note}
+    wanted = {**run.identity(manifest_of(resolved, run, {}), recipe), "last stage": last}
+    wanted["then"] = resolved.then and resolved.then.note
     with journal:
         journal.begin(wanted)
-        if finished and (done := RunManifest.read(writer.out)):
-            return done
-        return write(resolved, run, writer, announce)
+        done = RunManifest.read(writer.out) if finished else None
+        return done or write(resolved, run, writer, announce)
 
 
 def _write_tuned(

@@ -69,6 +69,11 @@ class Journal:
         state = self._read()
         return bool(state.get("published")) and self.out.is_dir() and not (self.folder / "partial").exists()
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """What was asked of the unfinished run; {} if there is none."""
+        return dict(self._read().get("request", {}))
+
     def __enter__(self) -> "Journal":
         with self.reporting():
             self._lock = self._locked()

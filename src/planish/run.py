@@ -46,6 +46,7 @@ class Run:
     Attributes:
         plan: where the streams will live; None if the recipe needs no data.
         watched: the source that is watched and not trained on, if there is one.
+        left_out: what of the recipe the run goes without, and why, if it does.
     """
 
     source: Source
@@ -65,6 +66,7 @@ class Run:
     journal: Journal | None = None
     watch: Data | None = None
     watched: str = field(default="", init=False)
+    left_out: str = field(default="", init=False)
     ids: Tensor | None = field(default=None, init=False)
     plan: StreamPlan | None = field(default=None, init=False)
     notes: list[str] = field(default_factory=list, init=False)
@@ -225,7 +227,7 @@ class Run:
             "peak_bytes": peak_bytes(self.device),
             "losses": facts.losses,
             "errors": {name: float(f"{error:.4g}") for name, error in facts.errors.items()},
-            "notes": facts.notes,
+            "notes": [*facts.notes, self.left_out] if self.left_out else facts.notes,
         } | ({"routed": facts.routed} if facts.routed else {})
 
     def _say_notes(self, first: int) -> None:

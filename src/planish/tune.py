@@ -1,7 +1,6 @@
 """Tune: a recipe in memory, its whole-model stage included.
 
     model, figures = quantize_in_memory(run)     the blocks, then the stage behind them
-
     model, figures = tune_float(run, stage, ...)  for a stage whose factors lie inside quantizers of the float model
 
     teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
@@ -12,6 +11,7 @@ of the checkpoint it came from or goes to.
 """
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,18 +215,7 @@ def quantize_in_memory(
     if stage.inside is not None:
         return tune_float(run, stage, stage.inside, examples, how)
     with _checkpoints(run) as folder:
-
-        def setting_of(size: WholeSize) -> Setting:
-            return how(_setting_of(run, size, folder))
-
-        try:
-            chosen, setting, left = _chosen(run, stage, examples.ids.shape[1], setting_of)
-        except PlanishError as reason:
-            if not stage.optional or not trains_on(run.device):  # only memory is a reason to go without it
-                raise
-            run.notes.append(note := f"{stage.name} is left out: {reason}")
-            layers, trained, figures = _blocks(run)
-            return _assembled(run, layers, trained, source.dtype), {**figures, "notes": [*figures["notes"], note]}
+        chosen, setting, left = _chosen(run, stage, lambda size: how(_setting_of(run, size, folder)))
         run.notes += left
         layers, trained, figures = _blocks(run)
         figures["notes"] = [*figures["notes"], *left]
@@ -234,6 +223,37 @@ def quantize_in_memory(
         model = _assembled(run, layers, trained, run.dtype)
         outcome = tune(model, chosen, examples.ids, examples.labels, teacher, setting, weights_of(source))
     return cast_parameters(model, source.dtype), {**figures, **figures_of(outcome, run.device)}
+
+
+def settle_last(
+    run: Run, how: Callable[[Setting], Setting] = lambda setting: setting, decided: str | None = None
+) -> str:
+    """Where memory has no room for a last stage that is optional, the run ends with the blocks, and says so.
+
+    Args:
+        how: as of `quantize_in_memory`.
+        decided: what this returned when a run that now goes on was begun; None where it is to be found out.
+
+    Returns:
+        The name of the last stage; "" if there is none, or none any more.
+    """
+    # nothing is trained yet that it could go on from, and what it does is said when it begins
+    nowhere = Path(os.devnull)
+    stage = run.recipe.whole
+    if stage is None or not stage.optional or decided == stage.name:
+        return "" if stage is None else stage.name
+    try:
+        if decided is not None:
+            raise PlanishError("memory was too short when this run was begun")
+        _chosen(run, stage, lambda size: dataclasses.replace(how(_setting_of(run, size, nowhere)), progress=None))
+        return stage.name
+    except PlanishError as reason:
+        if not trains_on(run.device):  # only memory is a reason to go without it
+            raise
+        run.left_out = f"{stage.name} is left out: {reason}"
+        run.notes.append(run.left_out)
+        run.recipe = dataclasses.replace(run.recipe, stages=run.recipe.blocks)
+        return ""
 
 
 def weights_of(source: Source) -> Callable[[str], Tensor]:
@@ -271,9 +291,7 @@ def tune_float(
     check_inside(stage, run.schemes, linears(run.arch, source.skeleton()), start)
     notes = [UNCOMMON] if inside.offset else []
     with _checkpoints(run) as folder:
-        stage, setting, left = _chosen(
-            run, stage, examples.ids.shape[1], lambda size: how(_setting_of(run, size, folder))
-        )
+        stage, setting, left = _chosen(run, stage, lambda size: how(_setting_of(run, size, folder)))
         for note in (notes := [*notes, *left]):
             if run.progress:
                 run.progress(Event(stage=stage.name, index=0, total=0, note=note))
@@ -287,7 +305,7 @@ def tune_float(
 
 
 def _chosen(
-    run: Run, stage: EndToEnd, seqlen: int, setting_of: Callable[[WholeSize], Setting]
+    run: Run, stage: EndToEnd, setting_of: Callable[[WholeSize], Setting]
 ) -> tuple[EndToEnd, Setting, list[str]]:
     """The first of a stage's ways for which there is memory, how it trains, and what is to be said of that."""
     ways, notes = stage.ways(), list[str]()
@@ -295,7 +313,7 @@ def _chosen(
         size = whole_size(run.source.skeleton(), run.schemes, tried, run.dtype)
         try:
             check_waiting(size, host_memory())
-            return tried, planned(setting_of(size), size, tried, seqlen), notes
+            return tried, planned(setting_of(size), size, tried, run.seqlen), notes
         except PlanishError as reason:
             if tried is ways[-1]:
                 raise

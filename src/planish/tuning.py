@@ -49,6 +49,7 @@ from planish.tune import (
     check_vocabulary,
     figures_of,
     quantize_in_memory,
+    settle_last,
     teacher_of,
     tune,
     weights_of,
@@ -317,7 +318,9 @@ def _from_float(
     )  # fmt: skip
     own_calibration = "" if request.calib is None else run.data_sha256
     _claim(work, request, resolved.source, recipe, examples, own_calibration)
-    tuned, figures = quantize_in_memory(run, examples, lambda base: _setting(request, work, base))
+    how = functools.partial(_setting, request, work)
+    settle_last(run, how)
+    tuned, figures = quantize_in_memory(run, examples, how)
     manifest = manifest_of(resolved, run, figures)
     if request.calib is not None:
         manifest = dataclasses.replace(
