@@ -1,13 +1,14 @@
 """Recipes compared under one protocol: seconds, peak memory and perplexity, over several seeds.
 
     python benchmarks/compare.py OUT.json MODEL WIKITEXT2 --recipes planish,signround --schemes w2g64,w3g128
-        [--seeds 3] [--first-seed 0] [--calibration wikitext|mix|c4_sample=3,gsm8k=1] [--texts valid|test] [--tiny]
+        [--seeds 3] [--first-seed 0] [--calibration wikitext|mix|c4_sample=3,gsm8k=1] [--texts valid|test]
+        [--limit N] [--tiny]
 
 A recipe may have a scheme and keys of its own: planish:w2g64:distill=0.9,e2e_epochs=4 (a scheme there goes before
---schemes; samples= counts windows; preset= is one of the recipe's; data= and watch= name texts as `planish quantize`
-takes them, a mix joined by +: data=self, data=a.txt+b.jsonl). 16-bit is the float model. One that trains a model
-that is quantized already starts from a folder, which --keep FOLDER wrote of a setting before: end-to-end settings are
-so compared without fitting the blocks for each:
+--schemes; samples= counts windows, seqlen= their tokens; preset= is one of the recipe's; data= and watch= name texts
+as `planish quantize` takes them, a mix joined by +: data=self, data=a.txt+b.jsonl). 16-bit is the float model. One
+that trains a model that is quantized already starts from a folder, which --keep FOLDER wrote of a setting before:
+end-to-end settings are so compared without fitting the blocks for each:
 
     --keep W2 --recipes planish:w2g64:end_to_end=false
     --recipes "e2e_qp:w2g64:start=W2,distill=1 e2e_qp:w2g64:start=W2,distill=1,norm_rate=1e-3"
@@ -19,7 +20,8 @@ always measured: valid, its spaced punctuation undone by simple rules, and space
 quantize --data` takes it, of folders beside WIKITEXT2 that hold no WikiText, each of a weight: `mix` is c4_sample,
 debian_docs, python_source and gsm8k in equal parts; `own` is what benchmarks/own.py wrote to own/. Each row is written
 as soon as it is had, and rows that OUT.json holds already aren't measured again. Seconds are those of
-`planish.quantize` (or `planish.finetune`), whole, loading and compiling included.
+`planish.quantize` (or `planish.finetune`), whole, loading and compiling included; until says when each stage's last
+step was done.
 """
 
 import argparse
@@ -72,11 +74,13 @@ def mixture(root: Path, shares: str) -> str:
     """
     weights = dict.fromkeys(MIX, 1.0) if shares == "mix" else {
         name: float(weight) for name, weight in (pair.split("=") for pair in shares.split(","))}  # fmt: skip
-    found = []
+    found: list[tuple[str, float]] = []
     for name, weight in weights.items():
         files = sorted((root / name).glob(PARTS[name]))
-        found += [f"{file}:{weight / len(files):.4f}" for file in files]
-    return ",".join(found)
+        found += [(str(file), weight / len(files)) for file in files]
+    if len(found) == 1:  # one source has no weight
+        return found[0][0]
+    return ",".join(f"{file}:{weight:.4f}" for file, weight in found)
 
 
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
@@ -123,7 +127,8 @@ def measure(
         preset, folder = own.pop("preset", None), own.pop("start", None)
         data, watch = own.pop("data", None), own.pop("watch", None)
         samples = int(own.pop("samples", split_preset(recipe, preset)[1].get("samples", 128)))
-        samples, seqlen = (32, 64) if args.tiny else (samples, 2048)
+        seqlen = int(own.pop("seqlen", 2048))
+        samples, seqlen = (32, 64) if args.tiny else (samples, seqlen)
         about = {
             "data": data.replace("+", ",") if data else texts["calibration"](samples, seqlen, seed),
             "watch": watch,
@@ -134,7 +139,9 @@ def measure(
         }
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        marks: dict[str, float] = {}
         start = time.perf_counter()
+        about["progress"] = lambda event: marks.update({event.stage: round(time.perf_counter() - start, 1)})
         if folder is None:
             batch = {"batch_size": int(own.pop("batch_size"))} if "batch_size" in own else {}
             model = planish.quantize(args.model, recipe, scheme, **about, **batch, **own)
@@ -142,12 +149,12 @@ def measure(
             with tempfile.TemporaryDirectory() as out:
                 planish.finetune(folder, Path(out) / "tuned", recipe, teacher=args.model, keys=own, **about)
                 model = planish.load(Path(out) / "tuned")
-        row |= {"seconds": round(time.perf_counter() - start, 1), "windows": samples}
+        row |= {"seconds": round(time.perf_counter() - start, 1), "until": marks, "windows": samples}
         if torch.cuda.is_available():
             row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         if args.keep and folder is None:  # never over the folder that other settings start from
             planish.save(model, args.keep, format="native", overwrite=True)
-    limit, seqlen = (1, 64) if args.tiny else (None, 2048)
+    limit, seqlen = (1, 64) if args.tiny else (args.limit, 2048)
     for name in ("valid", "spaced", "test") if args.texts == "test" else ("valid", "spaced"):
         row[name] = round(planish.perplexity(model, texts[name], seqlen=seqlen, limit=limit), 4)
     return row
@@ -182,6 +189,7 @@ def main() -> None:
     parser.add_argument("--texts", choices=("valid", "test"), default="valid")
     parser.add_argument("--keep", type=Path, help="folder for the quantized model, of the last setting without a start")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
+    parser.add_argument("--limit", type=int, help="windows of each text that perplexity is measured on")
     parser.add_argument("--tiny", action="store_true", help="short windows and one step's worth: a dry run")
     args = parser.parse_args()
     if args.calibration not in ("wikitext", "mix") and not re.fullmatch(_SHARES, args.calibration):
@@ -220,7 +228,8 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             report |= {
                 "command": f"python benchmarks/compare.py {args.out.name} MODEL WIKITEXT2 --recipes {args.recipes!r} "
-                f"--schemes {args.schemes} --seeds {args.seeds} --calibration {args.calibration} --texts {args.texts}",
+                f"--schemes {args.schemes} --seeds {args.seeds} --calibration {args.calibration} --texts {args.texts}"
+                + (f" --limit {args.limit}" if args.limit else ""),
                 "date": datetime.date.today().isoformat(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "alone": not args.shared,
