@@ -17,7 +17,7 @@ from planish.errors import PlanishError
 from planish.fit.spans import Stage
 from planish.forecast import CONTEXT, _blocks_alone, _suggestions, forecast, parse_size, seconds_of
 from planish.formats import FORMATS
-from planish.needs import Case, _at_the_end, disk_of, needs_of
+from planish.needs import Case, _at_the_end, _whole, disk_of, needs_of
 from planish.plan import MARGIN, Room, duration
 from planish.probe import Pace
 from planish.quant import activation, search
@@ -311,6 +311,18 @@ def test_a_whole_model_stage_is_counted(tiny_llama: Tiny) -> None:
     most = sizes[0].peak(32, lean=False, checkpointing=False)
     less = needs_of(dataclasses.replace(optional, room=dataclasses.replace(optional.room, device=most)))
     assert "end_to_end leaves weights as they are" in less.left_out and not less.problem
+    # without a GPU it is the host's, by halves of the samples
+    small = dataclasses.replace(optional, device=torch.device("cpu"), micro_batch=4)
+    whole, of_two = _whole(small, stage), sizes[0].peak(2 * 32, lean=False, checkpointing=False)
+    others = whole.host - small.idle - sizes[0].peak(4 * 32, lean=False, checkpointing=False)
+    room = dataclasses.replace(small.room, host=others + int(1.1 * of_two) + 1)
+    half = _whole(dataclasses.replace(small, room=room), stage)
+    assert (whole.micro_batch, half.micro_batch, half.left_out) == (4, 2, "") and half.host < whole.host
+    last = _whole(small, stage.ways()[1])
+    others = last.host - small.idle - sizes[1].peak(4 * 32, lean=False, checkpointing=False)
+    room = dataclasses.replace(small.room, host=others + 10_000)
+    none = _whole(dataclasses.replace(small, room=room), stage)
+    assert none.left_out.startswith("end_to_end is left out: not even one sample of 32 tokens has room in")
 
 
 def test_a_float_model_trained_inside_is_counted(tiny_llama: Tiny) -> None:

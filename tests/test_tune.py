@@ -189,13 +189,14 @@ def test_slots_that_have_no_room_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     assert with_weights == roomy() and (set(without.rates), without.if_room) == ({"scale"}, ())
     size = whole_size(model, schemes, with_weights, torch.bfloat16)
     least = size.peak(16, lean=False, checkpointing=False)
-    for device, ask in ((GPU, "gpu_memory"), (CPU, "host_memory")):
-        how = setting(tmp_path, device=device, micro_batch=1)
-        monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least + 1))
-        assert planned(how, size, with_weights, 16).lean is False
+    for device, ask, more in ((GPU, "gpu_memory", 0), (CPU, "host_memory", size.waiting)):
+        how = setting(tmp_path, device=device, micro_batch=4)
+        monkeypatch.setattr(ways_module, ask, lambda *_, more=more: int(1.1 * least + 1) + more)
+        found = planned(how, size, with_weights, 16)
+        assert (found.lean, found.micro_batch) == (False, 1), "by halves, until it has room"
         with pytest.raises(PlanishError, match="e2e leaves weights as they are: to train them takes"):
             planned(dataclasses.replace(how, lean=True), size, with_weights, 16)
-        monkeypatch.setattr(ways_module, ask, lambda *_: int(1.1 * least - 1))
+        monkeypatch.setattr(ways_module, ask, lambda *_, more=more: int(1.1 * least - 1) + more)
         with pytest.raises(PlanishError, match="e2e leaves weights as they are: to train them takes"):
             planned(how, size, with_weights, 16)
 
@@ -220,12 +221,19 @@ def test_the_default_recipe_says_what_stays(
     tuned = tune_module.tune
     monkeypatch.setattr(tune_module, "tune", lambda model, stage, *rest: (trained.append(stage),
                                                                          tuned(model, stage, *rest))[1])  # fmt: skip
+    sizes: list[Any] = []
+    monkeypatch.setattr(tune_module, "whole_size", lambda *given: (sizes.append(whole_size(*given)), sizes[-1])[1])
     planish.quantize(tiny_llama(), "planish", "w2g32", **how)
-    monkeypatch.setattr(ways_module, "host_memory", lambda: 0)
+    least = int(1.1 * sizes[0].peak(16, lean=False, checkpointing=False)) + sizes[0].waiting
+    monkeypatch.setattr(ways_module, "host_memory", lambda: least - 1)
     said: list[Event] = []
     planish.quantize(tiny_llama(), "planish", "w2g32", progress=said.append, **how)
     assert [set(stage.rates) for stage in trained] == [{"scale", "norm", "weight"}, {"scale", "norm"}]
     assert sum("end_to_end leaves weights as they are" in event.note for event in said) == 1
+    monkeypatch.setattr(ways_module, "host_memory", lambda: 0)
+    planish.quantize(tiny_llama(), "planish", "w2g32", progress=said.append, **how)
+    wanted = "end_to_end is left out: not even one sample of 16 tokens has room in"
+    assert len(trained) == 2 and any(event.note.startswith(wanted) for event in said)
 
 
 def test_a_run_goes_on_the_way_it_began(tmp_path: Path) -> None:

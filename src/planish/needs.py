@@ -349,10 +349,13 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
     try:
         check_waiting(size, case.room.host)
         if case.device.type != "cuda":
-            peak = size.peak(micro * resolved.seqlen, lean=False, checkpointing=False)
-            if stage.if_room and MARGIN * peak > case.room.host:
-                return _without(case, stage)
-            return _Whole(0, host + peak, micro)
+            free = case.room.host + case.idle - host
+            fits = size.most(micro, resolved.seqlen, free)
+            if not fits and (stage.if_room or stage.optional):
+                wanted = f"one sample of {resolved.seqlen} tokens"
+                raise PlanishError(f"not even {wanted} has room in {gigabytes(free)} of host memory")
+            micro = max(fits, 1)
+            return _Whole(0, host + size.peak(micro * resolved.seqlen, lean=False, checkpointing=False), micro)
         plan = plan_whole(
             size,
             seqlen=resolved.seqlen,

@@ -149,6 +149,12 @@ class WholeSize:
         at_once = max(self.graph * tokens + self.dense, self.logits * min(tokens, HEAD_TOKENS))
         return round(self.fixed + state + passing + kept * tokens + at_once)
 
+    def most(self, micro: int, seqlen: int, free: int) -> int:
+        """Samples in a pass without a GPU, `micro` or by halves as many as have room; 0 if not even one has."""
+        while micro and MARGIN * self.peak(micro * seqlen, lean=False, checkpointing=False) > free:
+            micro //= 2
+        return micro
+
     @property
     def waiting(self) -> int:
         """Bytes in host memory behind fitted blocks: their packed layers, then the start and the best state."""

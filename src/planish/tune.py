@@ -104,15 +104,9 @@ def teacher_of(
 
     with source.lend(arch.around, device, dtype):
         stream = BlockStream(
-            decoder,
-            blocks,
-            ids,
-            device=device,
-            storage=plan.where,
-            micro_batch=micro_batch,
-            quantized=False,
+            decoder, blocks, ids, device=device, storage=plan.where, micro_batch=micro_batch, quantized=False,
             directory=directory,
-        )
+        )  # fmt: skip
         hidden = last_hidden(stream, decoder, blocks, ids, load, lambda index: source.unload(blocks[index]))
     source.load(skeleton.get_submodule(arch.head), arch.head, device, dtype)
     return Teacher(hidden=hidden, logits=logits_of(skeleton))
@@ -337,15 +331,8 @@ def _setting_of(run: Run, size: WholeSize, folder: Path) -> Setting:
 
 def _teacher(run: Run, examples: Examples) -> Teacher:
     """The float model of a run, to distil from."""
-    return teacher_of(
-        run.source,
-        examples.ids,
-        device=run.device,
-        dtype=run.dtype,
-        micro_batch=run.micro_batch,
-        directory=run.stream_folder,
-        progress=run.progress,
-    )
+    about: Any = {"device": run.device, "dtype": run.dtype, "micro_batch": run.micro_batch, "progress": run.progress}
+    return teacher_of(run.source, examples.ids, directory=run.stream_folder, **about)
 
 
 def _blocks(run: Run) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:

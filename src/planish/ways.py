@@ -29,7 +29,7 @@ TILE_PIECES = 6  # fp32 tiles that a product with factors inside holds at a time
 def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> Setting:
     """The setting with what the plan decides: lean or not, and samples in a pass. To be asked before any work.
 
-    A run that goes on trains as it did; without a GPU it is lean only if it shall be.
+    A run that goes on trains as it did; without a GPU it is lean only if it shall be, and what isn't optional is tried.
 
     Raises:
         PlanishError: if neither way fits, or not the Trainer's where slots are trained `if_room`; or the Trainer would
@@ -41,9 +41,14 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
     if stage.if_room and setting.resume and was_trained(setting.folder) not in (None, set(stage.rates)):
         raise PlanishError(f"the run began without {stage.spared}, and goes on so")
     if setting.device.type != "cuda":
+        free = host_memory() - size.waiting
+        fits = micro if lean else size.most(micro, seqlen, free)
         if stage.if_room:
-            _check_room(stage, bool(lean), size.peak(micro * seqlen, lean=False, checkpointing=False), host_memory())
-        return dataclasses.replace(setting, lean=bool(lean))
+            _check_room(stage, bool(lean), size.peak(seqlen, lean=False, checkpointing=False), free)
+        if stage.optional and not fits:
+            raise PlanishError(f"not even one sample of {seqlen} tokens has room in {gigabytes(free)} of host memory")
+        most = max(fits, 1) if fits < micro else setting.micro_batch
+        return dataclasses.replace(setting, lean=bool(lean), micro_batch=most)
     plan = plan_whole(
         size,
         seqlen=seqlen,
