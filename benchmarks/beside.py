@@ -69,8 +69,7 @@ def auto_round(model: str, scheme: Scheme, calibration: Tensor, steps: int, devi
     made, _ = AutoRound(
         own_positions(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)),
         AutoTokenizer.from_pretrained(model), scheme=how, iters=steps, nsamples=len(calibration),
-        seqlen=calibration.shape[1], batch_size=8, dataset="given",
-        device_map=device,
+        seqlen=calibration.shape[1], batch_size=8, dataset="given", device_map=device,
     ).quantize()  # fmt: skip
     return made.to(device).eval()
 

@@ -149,8 +149,8 @@ def test_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(80 * GB, lean=True)[0] is True and choose(1000, lean=False)[0] is False
     with pytest.raises(PlanishError, match="writes nothing for wandb"):
         choose(least, track="wandb")
-    # without a GPU nothing is counted
-    assert planned(setting(tmp_path), size, stage(), 16) == setting(tmp_path, lean=False)
+    # without a GPU it is lean only if it shall be, and takes no more samples in a pass than a step has
+    assert planned(setting(tmp_path), size, stage(), 16) == setting(tmp_path, lean=False, micro_batch=4)
     assert planned(setting(tmp_path, lean=True), size, stage(), 16).lean is True
 
 
@@ -211,6 +211,14 @@ def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(PlanishError, match="the run began without weights, and goes on so"):
         planned(on, size, roomy(), 16)
     assert planned(on, size, roomy().ways()[1], 16).lean is False
+
+
+def test_a_run_goes_on_with_as_many_samples_in_a_pass_as_it_had(tmp_path: Path) -> None:
+    packed = planish.quantize(model_of(), "rtn", "w2g32", device="cpu")
+    size = whole_size(model_of(), {}, stage(), torch.float32)
+    tune(packed, stage("scale"), IDS, IDS, None, setting(tmp_path, save_every=1, micro_batch=2))
+    assert planned(setting(tmp_path), size, stage(), 16).micro_batch == 4
+    assert planned(setting(tmp_path, resume=True), size, stage(), 16).micro_batch == 2
 
 
 def test_the_default_recipe_says_what_stays(

@@ -349,12 +349,8 @@ def _whole(case: Case, stage: EndToEnd | None) -> _Whole:
     try:
         check_waiting(size, case.room.host)
         if case.device.type != "cuda":
-            free = case.room.host + case.idle - host
-            fits = size.most(micro, resolved.seqlen, free)
-            if not fits and (stage.if_room or stage.optional):
-                wanted = f"one sample of {resolved.seqlen} tokens"
-                raise PlanishError(f"not even {wanted} has room in {gigabytes(free)} of host memory")
-            micro = max(fits, 1)
+            must = stage.optional or bool(stage.if_room)
+            micro = size.most(micro, resolved.seqlen, case.room.host + case.idle - host, must)
             return _Whole(0, host + size.peak(micro * resolved.seqlen, lean=False, checkpointing=False), micro)
         plan = plan_whole(
             size,

@@ -149,11 +149,14 @@ class WholeSize:
         at_once = max(self.graph * tokens + self.dense, self.logits * min(tokens, HEAD_TOKENS))
         return round(self.fixed + state + passing + kept * tokens + at_once)
 
-    def most(self, micro: int, seqlen: int, free: int) -> int:
-        """Samples in a pass without a GPU, `micro` or by halves as many as have room; 0 if not even one has."""
+    def most(self, micro: int, seqlen: int, free: int, must: bool) -> int:
+        """Samples in a pass without a GPU: `micro`, or by halves as many as have room. One, even if it has none, or
+        PlanishError, if it must have it."""
         while micro and MARGIN * self.peak(micro * seqlen, lean=False, checkpointing=False) > free:
             micro //= 2
-        return micro
+        if must and not micro:
+            raise PlanishError(f"not even one sample of {seqlen} tokens has room in {gigabytes(free)} of host memory")
+        return max(micro, 1)
 
     @property
     def waiting(self) -> int:

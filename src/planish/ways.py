@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from planish.arch import Arch, discover, linears
 from planish.errors import PlanishError
 from planish.fit.norms import norms_of
-from planish.fit.watch import Setting, was_lean, was_trained
+from planish.fit.watch import Setting, begun
 from planish.fit.whole import EndToEnd
 from planish.log import Event
 from planish.plan import MARGIN, WholeSize, gigabytes, gpu_memory, host_memory, plan_whole
@@ -35,20 +35,17 @@ def planned(setting: Setting, size: WholeSize, stage: EndToEnd, seqlen: int) -> 
         PlanishError: if neither way fits, or not the Trainer's where slots are trained `if_room`; or the Trainer would
             be taken for another GPU than the first.
     """
-    lean, micro = setting.lean, min(setting.micro_batch, stage.batch_size)
-    if lean is None and setting.resume:
-        lean = was_lean(setting.folder)
-    if stage.if_room and setting.resume and was_trained(setting.folder) not in (None, set(stage.rates)):
+    before = begun(setting.folder) if setting.resume else {}
+    lean = before.get("lean") if setting.lean is None else setting.lean
+    micro = before.get("micro_batch", min(setting.micro_batch, stage.batch_size))
+    if stage.if_room and before and set(before["rates"]) != set(stage.rates):
         raise PlanishError(f"the run began without {stage.spared}, and goes on so")
     if setting.device.type != "cuda":
         free = host_memory() - size.waiting
-        fits = micro if lean else size.most(micro, seqlen, free)
         if stage.if_room:
             _check_room(stage, bool(lean), size.peak(seqlen, lean=False, checkpointing=False), free)
-        if stage.optional and not fits:
-            raise PlanishError(f"not even one sample of {seqlen} tokens has room in {gigabytes(free)} of host memory")
-        most = max(fits, 1) if fits < micro else setting.micro_batch
-        return dataclasses.replace(setting, lean=bool(lean), micro_batch=most)
+        micro = micro if lean else size.most(micro, seqlen, free, stage.optional)
+        return dataclasses.replace(setting, lean=bool(lean), micro_batch=micro)
     plan = plan_whole(
         size,
         seqlen=seqlen,

@@ -21,7 +21,7 @@ from planish.fit.lean import LeanTrainer
 from planish.fit.lean_loop import rate_share
 from planish.fit.loss import NO_LABEL, in_chunks, next_token
 from planish.fit.objective import Objective, logits_of, shifted
-from planish.fit.watch import Setting, Watch, was_lean
+from planish.fit.watch import Setting, Watch, begun
 from planish.fit.whole import EndToEnd
 from planish.kernels.linear import packed_layers
 from planish.scheme import Scheme
@@ -319,7 +319,7 @@ def test_a_killed_run_goes_on_to_the_same_scales(tmp_path: Path, lean: bool, mon
         for module in (finetune_module, lean_loop):
             patch.setattr(module, "Watch", Dies)
         tune(quantized(), STAGE, IDS, IDS, teacher(), how(tmp_path / "cut"))
-    assert was_lean(tmp_path / "cut") is lean and was_lean(tmp_path) is None
+    assert begun(tmp_path / "cut")["lean"] is lean and begun(tmp_path) == {}
     # a checkpoint that was cut short isn't taken
     (tmp_path / "cut" / "checkpoint-12").mkdir()
     again = quantized()

@@ -253,16 +253,10 @@ def last_whole(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def was_lean(folder: Path) -> bool | None:
-    """How the run trained whose checkpoints are in a folder; None if there are none."""
+def begun(folder: Path) -> dict[str, Any]:
+    """How the run trained whose checkpoints are in a folder, as its identity has it; {} if there are none."""
     last = last_whole(folder)
-    return None if last is None else bool(_state_of(last)["identity"].get("lean"))
-
-
-def was_trained(folder: Path) -> set[str] | None:
-    """The slots that it trained."""
-    last = last_whole(folder)
-    return None if last is None else set(_state_of(last)["identity"]["rates"])
+    return {} if last is None else dict(_state_of(last)["identity"])
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
