@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from planish.attention import attending, configs_of
 from planish.kernels.cuda_attend import attend_one, supports
 
 NAME = "planish_one"
@@ -47,7 +48,7 @@ def takes(model: PreTrainedModel, blocks: nn.ModuleList, layer: Any) -> bool:
     kernel reads their cache, of which `layer` is one that has been filled."""
     if type(layer) is not StaticLayer or not model._supports_attention_backend:
         return False
-    configs = [part.config for part in _configured(blocks)]
+    configs = configs_of(blocks)
     named = all(getattr(config, "_attn_implementation", None) == "sdpa" for config in configs)
     causal = all(getattr(config, "is_causal", True) for config in configs)
     handing = all(_hands_on(part) for block in blocks for part in (block, *_configured(block)) if _attends(part))
@@ -61,15 +62,8 @@ def one_query(model: PreTrainedModel) -> Iterator[None]:
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
-    configs = {id(part.config): part.config for part in _configured(model)}
-    kept = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
+    with attending(configs_of(model), NAME):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = kept[key]
 
 
 def _attend(

@@ -8,8 +8,8 @@ QuaRot, arXiv 2404.00456). Knows nothing of weights.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,13 +80,24 @@ def install(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
 def rounded_heads(blocks: Iterable[nn.Module], schemes: Mapping[str, Scheme]) -> Iterator[None]:
     """Blocks round their heads, if schemes say so, for as long as it lasts."""
     how = heads_of(schemes)
-    parts: list[Any] = [part for block in blocks for part in block.modules() if hasattr(part, "config")]
-    configs = {id(part.config): part.config for part in parts}
-    kept = {key: config._attn_implementation for key, config in configs.items()}
+    with attending(configs_of(*blocks), name_of(how)) if how else nullcontext():
+        yield
+
+
+def configs_of(*modules: nn.Module) -> list[Any]:
+    """Each configuration that a part of these goes by, once."""
+    parts: list[Any] = [part for module in modules for part in module.modules() if hasattr(part, "config")]
+    return [*{id(part.config): part.config for part in parts}.values()]
+
+
+@contextmanager
+def attending(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """What goes by these takes the attention of that name, for as long as it lasts."""
+    kept = [config._attn_implementation for config in configs]
     try:
-        for config in configs.values() if how else ():
-            config._attn_implementation = name_of(how)  # type: ignore[arg-type]
+        for config in configs:
+            config._attn_implementation = name
         yield
     finally:
-        for key, config in configs.items() if how else ():
-            config._attn_implementation = kept[key]
+        for config, was in zip(configs, kept, strict=True):
+            config._attn_implementation = was

@@ -33,6 +33,7 @@ from planish.fit.repeat import repeatable
 from planish.fit.teacher import last_hidden
 from planish.fit.watch import Setting, Slots, Windows
 from planish.fit.whole import EndToEnd, Inside
+from planish.fit.windowed import windowed
 from planish.folder import assemble
 from planish.formats import FORMATS
 from planish.inside import check_inside, inside_layers, open_start
@@ -150,7 +151,7 @@ def tune(
     )
     windows = Windows(ids, labels, None if teacher is None else teacher.hidden)
     try:
-        with repeatable(model, setting.device):
+        with windowed(model), repeatable(model, setting.device):
             if setting.lean:
                 return finetune_lean(objective, parameters, windows, stage, setting)
             return _by_trainer(objective, parameters, windows, stage, setting)
@@ -345,7 +346,7 @@ def _blocks(run: Run) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, A
     if run.journal is None:
 
         def sink(name: str, quantized: QTensor) -> None:
-            layers[name] = Packed.from_qtensor(quantized.to("cpu"))
+            layers[name] = Packed.from_qtensor(quantized).to("cpu")
 
         return layers, trained, run.execute(sink, trained.__setitem__)
     journal = run.journal

@@ -24,6 +24,7 @@ from planish.fit.repeat import repeatable
 from planish.fit.seen import Extent, Routed, Seen, input_moments
 from planish.fit.step import WARM_UP
 from planish.fit.turned import Inputs, asked, choose
+from planish.fit.windowed import windowed
 from planish.log import Clock, Event, Progress, peak_bytes
 from planish.qtensor import QTensor, to_groups
 from planish.quant import Fixed, MinMax, Nearest, QLinear, Quantizer, Searched
@@ -202,7 +203,7 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
     layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
     whole = nn.ModuleList(span.values())
-    with rounded_heads(whole, job.schemes), repeatable(whole, job.device):
+    with windowed(whole), rounded_heads(whole, job.schemes), repeatable(whole, job.device):
         outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
     for name, value in {**settle(norms), **_fold(smoothed, linears)}.items():
         assert job.keep is not None, "norms are trained and nobody takes them"
