@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import planish
@@ -78,3 +79,39 @@ def test_blocks_and_the_whole_are_trained_with_it(model: Any, monkeypatch: pytes
     assert {rows for rows, *_, trained in seen if trained} == {4, 3}
     assert {(count, width) for _, count, width, _ in seen} == {(2, WINDOW)}
     assert made.config._attn_implementation == "sdpa"
+
+
+def off_by(device: str, dtype: torch.dtype) -> list[float]:
+    """Relative error of the gradients of query, key and value at the shapes of Gemma 3, whose heads have 256 channels,
+    against torch's attention in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 1200, 256), (1, 1, 1200, 256), (1, 1, 1200, 256)]
+    heads = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    weights = torch.randn((1, 1200, 4, 256), generator=generator)
+    back = torch.arange(1200).unsqueeze(1) - torch.arange(1200)
+    part = nn.Module()
+
+    def gradients(attention: Any, device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [head.to(device, dtype).requires_grad_() for head in heads]
+        grads = torch.autograd.grad((attention(*given) * weights.to(device, dtype)).sum(), given)
+        return [grad.cpu().double() for grad in grads]
+
+    def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = (back >= 0) & (back < 512)
+        return functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
+
+    def chunked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return module.attend(part, query, key, value, None, sliding_window=512)[0]
+
+    pairs = zip(gradients(chunked, device, dtype), gradients(masked, "cpu", torch.float64), strict=True)
+    return [float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs]
+
+
+def test_gradients_are_those_of_double_precision() -> None:
+    assert max(off_by("cpu", torch.float32)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_so_they_are_on_a_gpu() -> None:
+    assert max(off_by("cuda", torch.bfloat16)) < 0.02

@@ -2,9 +2,10 @@
 
     chunk c, as long as the window, sees chunks c - 1 and c;  all chunks at once, as rows of a batch
 
-Given a mask, torch's attention goes through all keys, and where it shall add in a fixed order (fit/repeat.py), through
-those of a head one after the other. A training row holds one text and no padding before it, so that the window says all
-that the mask does. Knows nothing of quantizers.
+Given a mask, torch's fused attention goes through all keys, and where it shall add in a fixed order (fit/repeat.py),
+through those of a head one after the other; cuDNN's gradients there are known to be NaN on an H100 with heads of 256
+channels (NeMo Automodel, issue 3232). So these are plain products and a softmax, scores in fp32. A training row holds
+one text and no padding before it, so that the window says all that the mask does. Knows nothing of quantizers.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from planish.attention import attending, configs_of
 
 NAME = "planish_windowed"
+OTHERS = ("softcap", "position_bias", "s_aux")  # what some models add to their scores
 
 
 @contextmanager
@@ -42,6 +44,8 @@ def attend(
     attention_mask: Tensor | None,
     *,
     sliding_window: int | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Of query [batch, heads, tokens, dim], key and value [batch, kv heads, tokens, dim]: [batch, tokens, heads, dim].
@@ -49,16 +53,22 @@ def attend(
     Args:
         sliding_window: how many tokens one sees, itself among them; with none it is torch's attention, under the mask.
     """
-    rows, _, length, _ = query.shape
+    length, heads = query.shape[2], key.shape[1]
     width = sliding_window or length
-    if width >= length or key.shape[2] != length or not getattr(module, "is_causal", True):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    odd = not getattr(module, "is_causal", True) or dropout > 0 or any(kwargs.get(name) is not None for name in OTHERS)
+    if width >= length or key.shape[2] != length or odd:
+        how = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     count = -(-length // width)
-    queries = _as_rows(_chunks(query, count, width))
-    keys, values = (_as_rows(_with_last(_chunks(part, count, width))) for part in (key, value))
-    mask = _mask(count, width, query.device).repeat(rows, 1, 1).unsqueeze(1)
-    output, _ = sdpa_attention_forward(module, queries, keys, values, mask, **kwargs)
-    return output.unflatten(0, (rows, count)).flatten(1, 2)[:, :length], None
+    queries = _chunks(query, count, width).unflatten(1, (heads, -1)).movedim(3, 2).flatten(3, 4)
+    keys, values = (_with_last(_chunks(part, count, width)) for part in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # [batch, kv heads, count, queries of all heads that share keys, keys]
+    scores = (queries.float() * scaling) @ keys.float().transpose(-1, -2)
+    seen = _mask(count, width, query.device).unsqueeze(1)
+    shares = scores.unflatten(3, (-1, width)).masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
+    output = (shares.flatten(3, 4) @ values).unflatten(3, (-1, width))
+    return output.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length].contiguous(), None
 
 
 def _chunks(heads: Tensor, count: int, width: int) -> Tensor:
@@ -70,10 +80,6 @@ def _with_last(chunks: Tensor) -> Tensor:
     """Each chunk behind the one before it: [batch, heads, count, 2 * width, dim]."""
     before = functional.pad(chunks[:, :, :-1], (0, 0, 0, 0, 1, 0))
     return torch.cat([before, chunks], dim=3)
-
-
-def _as_rows(chunks: Tensor) -> Tensor:
-    return chunks.transpose(1, 2).flatten(0, 1)
 
 
 def _mask(count: int, width: int, device: torch.device) -> Tensor:
