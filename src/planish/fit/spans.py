@@ -203,7 +203,7 @@ def _one_span(job: Job, indices: range) -> Outcome | None:
     layers = _attach(job, span, linears, seen.importance, smoothed)
     norms = _trained_norms(job, span)
     whole = nn.ModuleList(span.values())
-    with windowed(whole), rounded_heads(whole, job.schemes), repeatable(whole, job.device):
+    with rounded_heads(whole, job.schemes), repeatable(whole, job.device):
         outcome = _fit(job, span, layers, target, {NORM: free(norms), TRANSFORM: _trained(smoothed)})
     for name, value in {**settle(norms), **_fold(smoothed, linears)}.items():
         assert job.keep is not None, "norms are trained and nobody takes them"
@@ -344,18 +344,19 @@ def _fit(
     steady = not any(has_experts(block) for block in span.values())  # does every step launch the same work?
     if compiled and steady and not besides.get(TRANSFORM):
         span = {index: cast(nn.Module, torch.compile(block)) for index, block in span.items()}
-    return reconstruct(
-        functools.partial(_run, job.stream, span),
-        {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None},
-        job.stream.quant,
-        target,
-        job.stage.fit,
-        device=job.device,
-        micro_batch=job.micro_batch,
-        seed=job.seed + min(span),
-        besides=besides,
-        capture=steady,
-    )
+    with windowed(nn.ModuleList(span.values())):
+        return reconstruct(
+            functools.partial(_run, job.stream, span),
+            {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None},
+            job.stream.quant,
+            target,
+            job.stage.fit,
+            device=job.device,
+            micro_batch=job.micro_batch,
+            seed=job.seed + min(span),
+            besides=besides,
+            capture=steady,
+        )
 
 
 def _weights(span: Mapping[int, nn.Module]) -> list[Tensor]:

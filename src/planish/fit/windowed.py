@@ -55,8 +55,8 @@ def attend(
     """
     length, heads = query.shape[2], key.shape[1]
     width = sliding_window or length
-    odd = not getattr(module, "is_causal", True) or dropout > 0 or any(kwargs.get(name) is not None for name in OTHERS)
-    if width >= length or key.shape[2] != length or odd:
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) and key.shape[2] == length
+    if width >= length or not causal or dropout > 0 or any(kwargs.get(name) is not None for name in OTHERS):
         how = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     count = -(-length // width)
