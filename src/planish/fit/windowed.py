@@ -2,10 +2,10 @@
 
     chunk c, as long as the window, sees chunks c - 1 and c;  all chunks at once, as rows of a batch
 
-Given a mask, torch's fused attention goes through all keys, and where it shall add in a fixed order (fit/repeat.py),
-through those of a head one after the other; cuDNN's gradients there are known to be NaN on an H100 with heads of 256
-channels (NeMo Automodel, issue 3232). So these are plain products and a softmax, scores in fp32. A training row holds
-one text and no padding before it, so that the window says all that the mask does. Knows nothing of quantizers.
+Under a mask torch's fused attention goes through all keys, and cuDNN's gradients are reported to be NaN on an H100 with
+heads of 256 channels (NeMo Automodel, issue 3232). So these are plain products and a softmax, whose scores, in fp32,
+take room. A training row holds one text and no padding before it, so that the window says all that the mask does.
+Knows nothing of quantizers.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,8 @@ def attend(
     """
     length, heads = query.shape[2], key.shape[1]
     width = sliding_window or length
-    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) and key.shape[2] == length
+    asked = kwargs.get("is_causal")
+    causal = (getattr(module, "is_causal", True) if asked is None else asked) and key.shape[2] == length
     if width >= length or not causal or dropout > 0 or any(kwargs.get(name) is not None for name in OTHERS):
         how = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
