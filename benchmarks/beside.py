@@ -56,9 +56,7 @@ def own_positions(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def auto_round(model: str, scheme: Scheme, calibration: Tensor, steps: int, device: str) -> PreTrainedModel:
-    """AutoRound through its Python entry, on the given windows [samples, tokens]; all else is its default, but that
-    cuDNN's attention is off: see fit/windowed.py."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """AutoRound through its Python entry, on the given windows [samples, tokens]; all else is its default."""
     import auto_round.calib_dataset as loader
     from auto_round import AutoRound
     from auto_round.schemes import QuantizationScheme
