@@ -373,6 +373,7 @@ def _from_quantized(
         teacher = teacher_of(
             theirs,
             examples.ids,
+            labels=examples.labels,
             device=device,
             dtype=dtype,
             micro_batch=request.batch_size,

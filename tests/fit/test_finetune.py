@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import planish
+import planish.tune as tune_module
 from planish.errors import PlanishError
 from planish.fit import finetune as finetune_module
 from planish.fit import lean_loop
@@ -24,6 +25,7 @@ from planish.fit.objective import Objective, logits_of, shifted
 from planish.fit.watch import Setting, Watch, begun
 from planish.fit.whole import EndToEnd
 from planish.kernels.linear import packed_layers
+from planish.log import Event
 from planish.scheme import Scheme
 from planish.source import open_source
 from planish.trainable import free_slots
@@ -86,6 +88,22 @@ def test_the_teacher_is_the_float_model_itself() -> None:
         assert torch.allclose(teacher().hidden, float_model().model(input_ids=IDS)[0], atol=1e-6)
         logits = teacher().logits(teacher().hidden[0])
         assert torch.allclose(logits, float_model()(IDS[:1]).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_teacher_that_cannot_read_the_text_is_told(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """By its perplexity, which a wrong tokenizer shows in; tokens without a label don't count."""
+    labels, events = IDS.clone(), list[Event]()
+    labels[:, : IDS.shape[1] // 2] = NO_LABEL
+    with torch.no_grad():
+        logits = float_model()(IDS[:4]).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, labels[:4, 1:].flatten(), ignore_index=NO_LABEL).exp().item()
+    monkeypatch.setattr(tune_module, "STRANGE", wanted * (1.01 if known else 0.99))
+    about: Any = {"device": CPU, "dtype": torch.float32, "micro_batch": 5, "directory": Path(".")}
+    made = teacher_of(open_source(float_model()), IDS, labels=labels, progress=events.append, **about)
+    assert made.perplexity(labels, CPU) == pytest.approx(wanted, rel=1e-4)
+    assert f"on 4 windows: {wanted:.1f}" in events[-1].note
+    assert ("is this its tokenizer" in events[-1].note) is not known
 
 
 @pytest.mark.parametrize("lean", [False, True])

@@ -3,8 +3,8 @@
     chunk c, as long as the window, sees chunks c - 1 and c;  all chunks at once, as rows of a batch
 
 Under a mask torch's fused attention goes through all keys: fitting Gemma 3's blocks on rows of 2048 tokens takes more
-than twice as long. So these are plain products and a softmax, whose scores, in fp32, take room. A training row holds one
-text and no padding before it, so that the window says all that the mask does.
+than twice as long. So these are plain products and a softmax, whose scores, in fp32, take room. A training row holds
+one text and no padding before it, so that the window says all that the mask does.
 Knows nothing of quantizers.
 """
 
