@@ -45,7 +45,8 @@ from planish.quant import (
 from planish.recipes import RECIPES, build, describe
 from planish.scheme import Scheme
 from planish.source import open_source
-from planish.tune import Teacher, teacher_of, tune
+from planish.teacher import Teacher, teacher_of
+from planish.tune import tune
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))

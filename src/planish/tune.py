@@ -3,7 +3,6 @@
     model, figures = quantize_in_memory(run)     the blocks, then the stage behind them
     model, figures = tune_float(run, stage, ...)  for a stage whose factors lie inside quantizers of the float model
 
-    teacher = teacher_of(source, ...)            the float model's last hidden states, made block by block
     tune(model, stage, ids, labels, teacher, setting)
 
 What the stage names becomes trainable, is trained, and is frozen again as it will be stored. Knows nothing
@@ -15,23 +14,20 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from planish.arch import discover, linears
 from planish.bitstream import Stream
 from planish.errors import PlanishError
 from planish.fit.lean_loop import finetune_lean
-from planish.fit.loss import NO_LABEL, next_token
-from planish.fit.objective import Objective, logits_of, shifted
+from planish.fit.objective import Objective
 from planish.fit.reconstruct import Outcome
 from planish.fit.repeat import repeatable
-from planish.fit.teacher import last_hidden
 from planish.fit.watch import Setting, Slots, Windows
 from planish.fit.whole import EndToEnd, Inside
 from planish.fit.windowed import windowed
@@ -41,13 +37,13 @@ from planish.inside import check_inside, inside_layers, open_start
 from planish.instruct import Examples
 from planish.kernels.linear import PackedLinear, packed_layers
 from planish.kernels.pack import Packed
-from planish.log import Clock, Event, Progress, peak_bytes
-from planish.plan import WholeSize, check_waiting, host_memory, measure_room, plan_streams
+from planish.log import Clock, Event, peak_bytes
+from planish.plan import WholeSize, check_waiting, host_memory
 from planish.qtensor import PARTS, QTensor
 from planish.quant import QLinear
 from planish.run import Run
 from planish.source import Source
-from planish.stream import BlockStream
+from planish.teacher import Teacher, teacher_of
 from planish.trainable import convert, free_slots
 from planish.ways import planned, trains_on, wants_checkpointing, whole_size
 
@@ -55,93 +51,7 @@ from planish.ways import planned, trains_on, wants_checkpointing, whole_size
 # takes as long as some of the steps then
 SAVE_EVERY, RARER = 16, 8
 CHECKPOINTS, NATIVE = "whole", FORMATS["native"]
-# perplexity that no float model has of text it can read: Gemma-3-270M had 13 of WikiText, and 527 by a broken tokenizer
-STRANGE, READ, ROWS = 200.0, 4, 256
 UNCOMMON = "offsets in weight units are kept in the native format, which servers don't load; offset=integer is for them"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The model to distil from.
-
-    Args:
-        hidden: its last hidden states [samples, tokens, hidden], of the samples that are trained on.
-        logits: its head, hidden states [tokens, hidden] -> [tokens, vocabulary].
-    """
-
-    hidden: Tensor
-    logits: Callable[[Tensor], Tensor]
-
-    @torch.no_grad()
-    def perplexity(self, labels: Tensor, device: torch.device) -> float:
-        """Of the first READ samples, whose labels are int64 [samples, tokens]; the head is on `device`."""
-        total, labels = torch.zeros((), dtype=torch.float64, device=device), shifted(labels[:READ]).to(device)
-        for hidden, row in zip(self.hidden[:READ], labels, strict=True):
-            for states, wanted in zip(hidden.to(device).split(ROWS), row.split(ROWS), strict=True):
-                total += next_token(self.logits(states), wanted)
-        return float((total / (labels != NO_LABEL).sum()).exp())
-
-
-def teacher_of(
-    source: Source,
-    ids: Tensor,
-    *,
-    labels: Tensor | None = None,
-    device: torch.device,
-    dtype: torch.dtype,
-    micro_batch: int,
-    directory: Path,
-    progress: Progress | None = None,
-) -> Teacher:
-    """The float model's last hidden states on `ids` [samples, tokens]; its head stays loaded on the device.
-
-    They go to host memory, or to a file in `directory` if that is too small. Its perplexity is said, of `labels` (every
-    token, if not given): a tokenizer that isn't the model's shows there, and nowhere else before all work is done.
-
-    Raises:
-        PlanishError: if neither has room for them.
-    """
-    skeleton = source.skeleton()
-    arch = discover(skeleton)
-    blocks = skeleton.get_submodule(arch.blocks)
-    assert isinstance(blocks, nn.ModuleList) and arch.head is not None
-    decoder = skeleton.get_submodule(arch.decoder)
-    # the Trainer takes its samples from the host
-    room = dataclasses.replace(measure_room(device, directory), device=0)
-    hidden_size = source.config.get_text_config().hidden_size
-    plan = plan_streams(len(ids), ids.shape[1], hidden_size, dtype, "auto", device, room, count=1)
-    if progress:
-        progress(Event(stage="teacher", index=0, total=arch.num_blocks, note=f"the teacher's {plan.summary()}"))
-
-    def load(index: int) -> nn.Module:
-        source.load(blocks[index], arch.block(index), device, dtype)
-        return blocks[index]
-
-    with source.lend(arch.around, device, dtype):
-        stream = BlockStream(
-            decoder, blocks, ids, device=device, storage=plan.where, micro_batch=micro_batch, quantized=False,
-            directory=directory,
-        )  # fmt: skip
-        hidden = last_hidden(stream, decoder, blocks, ids, load, lambda index: source.unload(blocks[index]))
-    source.load(skeleton.get_submodule(arch.head), arch.head, device, dtype)
-    teacher = Teacher(hidden=hidden, logits=logits_of(skeleton))
-    if progress:
-        found = teacher.perplexity(ids if labels is None else labels, device)
-        strange = "; is this its tokenizer, and a text of a kind that it knows?" if found > STRANGE else ""
-        note = f"perplexity of the float model on {min(READ, len(ids))} windows: {found:.1f}{strange}"
-        progress(Event(stage="teacher", index=0, total=arch.num_blocks, note=note))
-    return teacher
-
-
-def check_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher whose logits don't stand for the same tokens.
-
-    Raises:
-        PlanishError: if the vocabularies have different sizes.
-    """
-    ours, theirs = (part.config.get_text_config().vocab_size for part in (model, teacher))
-    if ours != theirs:
-        raise PlanishError(f"the teacher has a vocabulary of {theirs}, the model one of {ours}; give its own original")
 
 
 def tune(

@@ -43,17 +43,9 @@ from planish.recipes import build, split_preset
 from planish.request import Resolved, data_size, make_run, manifest_of, resolve
 from planish.run import compute_device, compute_dtype
 from planish.source import Source, open_source
+from planish.teacher import check_vocabulary, teacher_of
 from planish.trainable import check_trainer
-from planish.tune import (
-    cast_parameters,
-    check_vocabulary,
-    figures_of,
-    quantize_in_memory,
-    settle_last,
-    teacher_of,
-    tune,
-    weights_of,
-)
+from planish.tune import cast_parameters, figures_of, quantize_in_memory, settle_last, tune, weights_of
 from planish.ways import planned, wants_checkpointing, whole_size
 from planish.widths import settle_bits
 

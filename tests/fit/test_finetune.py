@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import planish
-import planish.tune as tune_module
+import planish.teacher as teacher_module
 from planish.errors import PlanishError
 from planish.fit import finetune as finetune_module
 from planish.fit import lean_loop
@@ -28,8 +28,9 @@ from planish.kernels.linear import packed_layers
 from planish.log import Event
 from planish.scheme import Scheme
 from planish.source import open_source
+from planish.teacher import Teacher, check_vocabulary, teacher_of
 from planish.trainable import free_slots
-from planish.tune import Teacher, check_vocabulary, teacher_of, tune
+from planish.tune import tune
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -98,7 +99,7 @@ def test_a_teacher_that_cannot_read_the_text_is_told(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         logits = float_model()(IDS[:4]).logits[:, :-1].flatten(0, 1)
     wanted = torch.nn.functional.cross_entropy(logits, labels[:4, 1:].flatten(), ignore_index=NO_LABEL).exp().item()
-    monkeypatch.setattr(tune_module, "STRANGE", wanted * (1.01 if known else 0.99))
+    monkeypatch.setattr(teacher_module, "STRANGE", wanted * (1.01 if known else 0.99))
     about: Any = {"device": CPU, "dtype": torch.float32, "micro_batch": 5, "directory": Path(".")}
     made = teacher_of(open_source(float_model()), IDS, labels=labels, progress=events.append, **about)
     assert made.perplexity(labels, CPU) == pytest.approx(wanted, rel=1e-4)
