@@ -1,7 +1,7 @@
 """Planish's default beside AutoRound: seconds, perplexity, and seven zero-shot tasks on full sets.
 
     python benchmarks/beside.py OUT.json MODEL WIKITEXT2 TASKS WHO:SCHEME[:KEYS]... [--questions N] [--bos] [--shared]
-        [--tiny]
+        [--no-cudnn] [--tiny]
 
 WHO is 16-bit (no scheme), planish, or an AutoRound: `auto-round` (its default, 200 steps on 128 windows) or
 `auto-round-best` (1000 on 512). KEYS are of planish: samples=128,e2e_epochs=8. A scheme says whether it is symmetric:
@@ -9,8 +9,8 @@ w2g64, w2g64asym. All are calibrated on random windows of 2048 tokens of wiki.tr
 environment and an evaluation: perplexity of wiki.valid.tokens (as benchmarks/compare.py has it) and wiki.test.raw, then
 the tasks of benchmarks/zero_shot.py, of which TASKS is the folder. Seconds are from the model's folder to the quantized
 model in memory, imports aside. --bos begins each window with the token that the model begins every text with (not the
-tasks: --questions 0 goes with it): Gemma is lost without it. AutoRound is imported only if asked for; rows are written
-as they come, and what OUT.json has isn't measured again.
+tasks: --questions 0 goes with it): Gemma is lost without it. --no-cudnn keeps torch from cuDNN's attention. AutoRound
+is imported only if asked for; rows are written as they come, and what OUT.json has isn't measured again.
 """
 
 import argparse
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="of each task, all if not given; 0 leaves them out")
     parser.add_argument("--bos", action="store_true")
     parser.add_argument("--shared", action="store_true", help="other work ran on the GPU: seconds aren't to be quoted")
+    parser.add_argument("--no-cudnn", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="short windows and a step or two: a dry run")
     args = parser.parse_args()
@@ -110,6 +111,8 @@ def main() -> None:
     args.questions = 3 if args.tiny and args.questions is None else args.questions
     if args.bos and args.questions != 0:
         parser.error("the tasks' prompts have no first token of their own: give --questions 0 with --bos")
+    if args.no_cudnn:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     first = torch.tensor([tokenizer.bos_token_id] if args.bos else [], dtype=torch.int64)
 
@@ -129,6 +132,7 @@ def main() -> None:
         keys = dict(pair.split("=") for pair in pairs.split(",") if pair)
         known = {"who": who, "scheme": scheme, "keys": keys}
         known |= {"questions": args.questions, "bos": args.bos, "alone": not args.shared}
+        known |= {"cudnn": False} if args.no_cudnn else {}
         if any(known.items() <= row.items() for row in report["rows"]):
             continue
         model, facts = made(args, who, scheme, keys, lambda samples: begun(windows([train], samples, own, 0)))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 import planish
-import planish.teacher as teacher_module
 from planish.errors import PlanishError
 from planish.fit import finetune as finetune_module
 from planish.fit import lean_loop
@@ -25,10 +24,9 @@ from planish.fit.objective import Objective, logits_of, shifted
 from planish.fit.watch import Setting, Watch, begun
 from planish.fit.whole import EndToEnd
 from planish.kernels.linear import packed_layers
-from planish.log import Event
 from planish.scheme import Scheme
 from planish.source import open_source
-from planish.teacher import Teacher, check_vocabulary, teacher_of
+from planish.teacher import Teacher, teacher_of
 from planish.trainable import free_slots
 from planish.tune import tune
 
@@ -82,29 +80,6 @@ def held_out(model: Any, stage: EndToEnd = STAGE, count: int = 6) -> float:
         ours, theirs = (part(IDS[:count]).logits[:, :-1].flatten(0, 1) for part in (model, float_model()))
     labels = IDS[:count, 1:].flatten()
     return (next_token(ours, labels, theirs, stage.distill, stage.temperature) / len(labels)).item()
-
-
-def test_the_teacher_is_the_float_model_itself() -> None:
-    with torch.no_grad():
-        assert torch.allclose(teacher().hidden, float_model().model(input_ids=IDS)[0], atol=1e-6)
-        logits = teacher().logits(teacher().hidden[0])
-        assert torch.allclose(logits, float_model()(IDS[:1]).logits[0], atol=1e-5)
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_a_teacher_that_cannot_read_the_text_is_told(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
-    """By its perplexity, which a wrong tokenizer shows in; tokens without a label don't count."""
-    labels, events = IDS.clone(), list[Event]()
-    labels[:, : IDS.shape[1] // 2] = NO_LABEL
-    with torch.no_grad():
-        logits = float_model()(IDS[:4]).logits[:, :-1].flatten(0, 1)
-    wanted = torch.nn.functional.cross_entropy(logits, labels[:4, 1:].flatten(), ignore_index=NO_LABEL).exp().item()
-    monkeypatch.setattr(teacher_module, "STRANGE", wanted * (1.01 if known else 0.99))
-    about: Any = {"device": CPU, "dtype": torch.float32, "micro_batch": 5, "directory": Path(".")}
-    made = teacher_of(open_source(float_model()), IDS, labels=labels, progress=events.append, **about)
-    assert made.perplexity(labels, CPU) == pytest.approx(wanted, rel=1e-4)
-    assert f"on 4 windows: {wanted:.1f}" in events[-1].note
-    assert ("is this its tokenizer" in events[-1].note) is not known
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -390,9 +365,3 @@ def test_labels_move_to_what_predicts_them() -> None:
 def test_refused_stages(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanishError, match=said):
         dataclasses.replace(STAGE, **keys)
-
-
-def test_a_teacher_of_another_vocabulary_is_refused() -> None:
-    other = LlamaForCausalLM(LlamaConfig(**{**float_model().config.to_dict(), "vocab_size": 65}))
-    with pytest.raises(PlanishError, match="the teacher has a vocabulary of 65, the model one of 64"):
-        check_vocabulary(float_model(), other)
